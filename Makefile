@@ -1,0 +1,46 @@
+# Every target does its own set-up in .venv; a machine needs Python >= 3.11 and, for speed, a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: setup demo test bench lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup   install thrifty and its tools into $(VENV)"
+	@echo "make demo    train, pack and run a small ternary model (about 6 minutes on two cores)"
+	@echo "make test    run the tests"
+	@echo "make bench   time every kernel and the whole decode beside the machine's read bandwidth"
+	@echo "make lint    formatters, linters and the type checker"
+	@echo "make format  apply the formatters"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/thrifty demo
+
+test: setup
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+bench: setup
+	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/pyright
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,46 @@
+"""The definitions, in numpy, for a reader: what every kernel, module and runtime must compute.
+
+Integer results of an implementation equal these bit for bit; floats lie within `thrifty.spec.TOLERANCES`.
+"""
+
+from thrifty.spec.attention import CHUNK, attention
+from thrifty.spec.formats import BASE3, BINARY, FORMATS, I2, ROW_BLOCK, Format, pack, unpack
+from thrifty.spec.glu import ACTIVATIONS, glu
+from thrifty.spec.quantize_per_token import quantize_per_token, rms_norm
+from thrifty.spec.quantizers import EPS, QMAX, absmean, binary_codes, round_bf16, ternary_codes
+from thrifty.spec.rope import apply_rope, rope_tables
+from thrifty.spec.sampling import penalize_repetition, sample
+from thrifty.spec.ternary_matmul import ternary_matmul
+
+#: Largest difference from the spec allowed in floating-point results, relative to the largest magnitude of the
+#: expected array, by dtype name.
+TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+
+__all__ = [
+    "ACTIVATIONS",
+    "BASE3",
+    "BINARY",
+    "CHUNK",
+    "EPS",
+    "FORMATS",
+    "I2",
+    "QMAX",
+    "ROW_BLOCK",
+    "TOLERANCES",
+    "Format",
+    "absmean",
+    "apply_rope",
+    "attention",
+    "binary_codes",
+    "glu",
+    "pack",
+    "penalize_repetition",
+    "quantize_per_token",
+    "rms_norm",
+    "rope_tables",
+    "round_bf16",
+    "sample",
+    "ternary_codes",
+    "ternary_matmul",
+    "unpack",
+]
