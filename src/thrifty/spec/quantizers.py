@@ -21,7 +21,7 @@ def absmean(w: Any, np: Any, round_bf16: Callable[[Any], Any]) -> Any:
     """Scale of a weight matrix: s = bf16(max(mean |w|, 1e-5)), a multiplier (b1.58, arXiv 2402.17764, section 2).
 
     Rounded to bfloat16 so that every container (safetensors, GGUF's fp16, Keras) holds it exactly. Computed once and
-    stored: two frameworks sum in different orders, so a scale is data and is never recomputed from codes or by a loader.
+    stored: frameworks sum in different orders, so a scale is data, never recomputed from codes or by a loader.
     """
     return round_bf16(np.clip(np.mean(np.abs(w)), EPS, None))
 
