@@ -43,4 +43,5 @@ def absmax_codes(x: Any, np: Any) -> tuple[Any, Any]:
     symmetric range).
     """
     a = np.clip(np.amax(np.abs(x), axis=-1, keepdims=True), EPS, None)
-    return np.round(x * (QMAX / a)), a / QMAX
+    qmax = QMAX * np.ones_like(a)  # torch divides by or into a Python number through a reciprocal, rounding twice
+    return np.round(x * (qmax / a)), a / qmax
