@@ -1,0 +1,21 @@
+"""Checkpoints as files: what the tensors of a model are called, and how they come in and go out. Speaks numpy."""
+
+from thrifty.checkpoint.atomic import atomic_file, atomic_folder
+from thrifty.checkpoint.config import DecoderConfig, read_config
+from thrifty.checkpoint.folder import Folder, open_folder
+from thrifty.checkpoint.names import TensorInfo, expected_tensors
+from thrifty.checkpoint.safetensors import Tensor, open_safetensors, save_safetensors
+
+__all__ = [
+    "DecoderConfig",
+    "Folder",
+    "Tensor",
+    "TensorInfo",
+    "atomic_file",
+    "atomic_folder",
+    "expected_tensors",
+    "open_folder",
+    "open_safetensors",
+    "read_config",
+    "save_safetensors",
+]

@@ -1,0 +1,136 @@
+"""A checkpoint folder, opened and held against its own config."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from thrifty.checkpoint.config import DecoderConfig, read_config, read_json
+from thrifty.checkpoint.names import TensorInfo, expected_tensors
+from thrifty.checkpoint.safetensors import FLOATS, Tensor, open_safetensors
+from thrifty.errors import ThriftyError
+from thrifty.spec import absmean, binary_codes, round_bf16, ternary_codes
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A checkpoint folder whose tensors are exactly those that its config calls for."""
+
+    path: Path
+    config: DecoderConfig
+    tensors: dict[str, Tensor]
+
+    def float32(self, name: str) -> np.ndarray:
+        """A tensor as a float32 copy."""
+        return self.tensors[name].float32()
+
+    def codes(self, linear: str, rows: int) -> tuple[np.ndarray, np.float32]:
+        """Codes int8 [rows, in] and the scale that multiplies them, of linear `linear` ("model.layers.0....").
+
+        Packed weights are read; latent weights are quantised by the definitions in `thrifty.spec`, with the stored
+        scale where there is one. Raises ThriftyError where a scale or a code is invalid.
+        """
+        weight = self.tensors[f"{linear}.weight"]
+        if self.config.storage == "latent":
+            return self._quantised(linear, weight.float32())
+        scale = self._scale(linear)
+        codes = unpack_row_block(weight.data, rows)
+        if codes is None:
+            raise ThriftyError(
+                f"[checkpoint] weight codes are 0, 1 and 2; '{linear}.weight' of {self.path} has 3; download it again"
+            )
+        return codes, np.float32(1) / scale if self.config.storage == "divides" else scale
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder; empty where it is absent."""
+        path = self.path / name
+        return read_json(path) if path.is_file() else {}
+
+    def _quantised(self, linear: str, weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
+        stored = f"{linear}.weight_scale" in self.tensors
+        scale = self._scale(linear) if stored else np.float32(absmean(weight, np, round_bf16))
+        codes = ternary_codes(weight, scale, np) if self.config.linear == "ternary" else binary_codes(weight, np)
+        return codes.astype(np.int8), scale
+
+    def _scale(self, linear: str) -> np.float32:
+        scale = self.float32(f"{linear}.weight_scale").reshape(-1)[0]
+        if not 0 < scale < np.inf:
+            raise ThriftyError(
+                f"[checkpoint] a weight scale must be positive and finite; '{linear}.weight_scale' of {self.path} is "
+                f"{scale}; download or pack it again"
+            )
+        return scale
+
+
+def open_folder(path: str | Path) -> Folder:
+    """Open a folder with config.json and model.safetensors (or its shards); tensors stay in mapped pages.
+
+    Raises ThriftyError where a file is absent or malformed, or the tensors are not those that the config calls for.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise ThriftyError(f"[checkpoint] a model is a folder with config.json in it; {path} {what}; check the path")
+    config = read_config(path / "config.json")
+    tensors = _open_tensors(path)
+    if config.num_hidden_layers > len(tensors):
+        raise _mismatch(path, f"num_hidden_layers is {config.num_hidden_layers} and there are {len(tensors)} tensors")
+    _check(path, tensors, expected_tensors(config))
+    return Folder(path, config, tensors)
+
+
+def unpack_row_block(packed: np.ndarray, rows: int) -> np.ndarray | None:
+    """`spec.unpack(ROW_BLOCK, packed, rows, ...)` with one byte a code in memory; None where a digit is 3."""
+    packed = np.ascontiguousarray(packed)
+    if (packed & (packed >> 1) & 0x55).any():
+        return None
+    blocks = np.empty((4, *packed.shape), np.int8)
+    for digit in range(4):
+        np.copyto(blocks[digit], (packed >> (2 * digit)) & 3, casting="unsafe")
+    blocks -= 1
+    return blocks.reshape(-1, packed.shape[1])[:rows]
+
+
+def _open_tensors(folder: Path) -> dict[str, Tensor]:
+    if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
+        return open_safetensors(folder / _WEIGHTS)
+    weight_map = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ThriftyError(f"[checkpoint] {folder / _INDEX} must have a weight_map of names to files; save it again")
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise ThriftyError(f"[checkpoint] shards must lie in their folder; {folder / _INDEX} names '{file}'")
+        tensors |= open_safetensors(folder / file)
+    return tensors
+
+
+def _check(path: Path, tensors: dict[str, Tensor], expected: dict[str, TensorInfo]) -> None:
+    for name, info in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            if info.required:
+                raise _mismatch(path, f"tensor '{name}' is absent")
+            continue
+        if info.kind == "codes" and tensor.dtype != "U8":
+            raise _mismatch(path, f"tensor '{name}' must be packed (U8) and is {tensor.dtype}")
+        if info.kind == "float" and tensor.dtype not in FLOATS:
+            raise _mismatch(path, f"tensor '{name}' must be a float and is {tensor.dtype}")
+        # transformers has written scales both as [1] and as scalars.
+        shapes = (info.shape, ()) if info.shape == (1,) else (info.shape,)
+        if tensor.shape not in shapes:
+            raise _mismatch(path, f"tensor '{name}' must have shape {list(info.shape)} and has {list(tensor.shape)}")
+    unknown = sorted(set(tensors) - set(expected))
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise _mismatch(path, f"tensor '{unknown[0]}'{more} is not part of such a model")
+
+
+def _mismatch(path: Path, what: str) -> ThriftyError:
+    return ThriftyError(
+        f"[checkpoint] tensors must match config.json; in {path}, {what}; take both files from one checkpoint"
+    )

@@ -1,0 +1,130 @@
+"""Tensors of a .safetensors file as views of its pages, and the way back.
+
+The `safetensors` package checks the header. Its numpy side knows no bfloat16 and copies every tensor into anonymous
+memory, so the bytes are mapped here.
+"""
+
+import json
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from thrifty.checkpoint.atomic import atomic_file
+from thrifty.errors import ThriftyError
+from thrifty.spec import round_bf16
+
+#: Storage of each dtype in numpy; BF16 is the upper half of a float32, kept as uint16.
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor as stored: `data` holds its bits, which for BF16 are uint16."""
+
+    dtype: str
+    data: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+        return self.data.shape
+
+    def float32(self) -> np.ndarray:
+        """A float32 copy. bfloat16 and float16 widen exactly."""
+        if self.dtype == "BF16":
+            wide = self.data.astype(np.uint32)
+            wide <<= 16
+            return wide.view(np.float32)
+        return self.data.astype(np.float32)
+
+    @classmethod
+    def of(cls, values: np.ndarray, dtype: str | None = None) -> "Tensor":
+        """`values` stored as `dtype`; by default as their own. BF16 rounds to nearest, ties to even."""
+        if dtype == "BF16":
+            bits = round_bf16(values).view(np.uint32) >> 16
+            return cls("BF16", bits.astype(np.uint16))
+        by_numpy = {storage: name for name, storage in DTYPES.items() if name != "BF16"}
+        name = dtype or by_numpy[np.dtype(values.dtype)]
+        return cls(name, np.ascontiguousarray(values, DTYPES[name]))
+
+
+def open_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of a .safetensors file, as read-only views of the mapped file: nothing is copied.
+
+    Raises ThriftyError where the file is absent, truncated, malformed, or holds a dtype that numpy lacks.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with open(path, "rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise ThriftyError(f"[safetensors] the file must exist; {path} does not; check the path") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _malformed(path, str(error)) from error
+    (size,) = struct.unpack_from("<Q", pages)
+    header = json.loads(pages[8 : 8 + size], object_pairs_hook=lambda pairs: _unique(path, pairs))
+    header.pop("__metadata__", None)
+    return {name: _view(path, pages, 8 + size, name, entry) for name, entry in header.items()}
+
+
+def save_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write `tensors` atomically, in the given order; the data begin at a multiple of 64 bytes."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name, tensor in tensors.items():
+        stop = offset + tensor.data.nbytes
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    with atomic_file(path) as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor.data).reshape(-1).view(np.uint8).data)
+
+
+def _view(path: Path, pages: mmap.mmap, data: int, name: str, entry: dict[str, Any]) -> Tensor:
+    dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise ThriftyError(
+            f"[safetensors] dtypes read here are {', '.join(DTYPES)}; tensor '{name}' of {path} is {dtype}; convert it"
+        )
+    storage = DTYPES[dtype]
+    count = (stop - start) // storage.itemsize
+    values = np.frombuffer(pages, storage, count, data + start) if count else np.empty(0, storage)
+    return Tensor(dtype, values.reshape(shape))
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        twice = next(name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1)
+        raise _malformed(path, f"'{twice}' occurs twice in the header")
+    return entries
+
+
+def _malformed(path: Path, reason: str) -> ThriftyError:
+    reason = reason.removeprefix("Error while deserializing header: ")
+    return ThriftyError(
+        f"[safetensors] the file must be whole and well formed; {path}: {reason}; download or save it again"
+    )

@@ -1,0 +1,277 @@
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from thrifty.checkpoint import DecoderConfig, Folder, open_folder
+from thrifty.errors import ThriftyError
+from thrifty.runtime._native import default_threads
+from thrifty.runtime.cache import Cache
+from thrifty.runtime.decoder import Decoder
+from thrifty.runtime.generation import Defaults, Sampling
+from thrifty.runtime.text import chat_renderer, pieces, read_tokenizer, until_stop
+from thrifty.spec import CHUNK
+
+WEIGHT_FORMATS = ("auto", "i2", "base3")
+
+
+def load(
+    path: str | Path, *, weight_format: str = "auto", n_threads: int | None = None, max_context: int | None = None
+) -> "Runtime":
+    """A runtime of a checkpoint folder: packed, or latent weights quantised while they are read.
+
+    weight_format: layout of low-bit weights in memory, "i2" (2 bits) or "base3" (1.6 bits); "auto" chooses. n_threads:
+    by default the physical cores this process may use, or THRIFTY_NUM_THREADS. max_context: positions a sequence may
+    have, by default the model's. Raises ThriftyError where the folder or an option is invalid.
+    """
+    folder = open_folder(path)
+    config = folder.config
+    if weight_format not in WEIGHT_FORMATS:
+        raise ThriftyError(f"[load] weight_format must be one of {', '.join(WEIGHT_FORMATS)}; got {weight_format!r}")
+    if n_threads is not None and n_threads < 1:
+        raise ThriftyError(f"[load] n_threads must be at least 1; got {n_threads}")
+    limit = config.max_position_embeddings
+    if max_context is not None and not 1 <= max_context <= limit:
+        raise ThriftyError(f"[load] max_context must be from 1 to the model's {limit} positions; got {max_context}")
+    tokenizer = read_tokenizer(folder.path, config.vocab_size)
+    defaults = Defaults.read(folder.json("generation_config.json"), folder.json("config.json"))
+    if weight_format == "auto":
+        weight_format = "i2"
+    decoder = Decoder(folder, weight_format, n_threads or default_threads(), max_context or limit)
+    return Runtime(decoder, tokenizer, defaults, folder)
+
+
+class Runtime:
+    """A model that is ready to run. `load` makes one.
+
+    Every call has a cache of its own, so that it returns the same tokens whatever ran before.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, defaults: Defaults, folder: Folder) -> None:
+        self._decoder = decoder
+        self._tokenizer = tokenizer
+        self._defaults = defaults
+        self._folder = folder
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Sizes and choices of the model."""
+        return self._decoder.config
+
+    @property
+    def max_context(self) -> int:
+        """Positions that a prompt and its continuation may have together."""
+        return self._decoder.max_context
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that a decode step reads."""
+        return self._decoder.bytes_per_token
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, with the special tokens that the tokenizer adds."""
+        return self._tokenizer_or_error().encode(text).ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, special tokens left out."""
+        return self._tokenizer_or_error().decode(list(tokens), skip_special_tokens=True)
+
+    def generate(self, prompt: str | Sequence[int], **options) -> str:
+        """The continuation of `prompt`, without the prompt. Options are those of `stream`."""
+        return "".join(self.stream(prompt, **options))
+
+    def stream(self, prompt: str | Sequence[int], *, stop: str | Sequence[str] = (), **options) -> Iterator[str]:
+        """The continuation of `prompt` in pieces of text, as it is made; pieces are whole characters.
+
+        stop: strings that end the text and are left out. Other options are those of `stream_tokens`.
+        """
+        tokenizer = self._tokenizer_or_error()
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        return until_stop(pieces(tokenizer, self.stream_tokens(prompt, **options)), [s for s in stops if s])
+
+    def generate_tokens(self, prompt: str | Sequence[int], **options) -> list[int]:
+        """The continuation of `prompt` as token ids. Options are those of `stream_tokens`."""
+        return list(self.stream_tokens(prompt, **options))
+
+    def stream_tokens(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        cache: Cache | None = None,
+    ) -> Iterator[int]:
+        """The continuation of `prompt` (a text, or token ids), token by token; an end-of-sequence token ends it.
+
+        Options left out are those of generation_config.json. temperature 0 takes the most likely token; a seed makes
+        sampling repeatable. max_new_tokens left out is also cut to the room in the context. cache: one of `new_cache`,
+        whose prefix shared with the prompt is not computed again. Raises ThriftyError where prompt and max_new_tokens
+        exceed the context, or an option is out of range.
+        """
+        tokens = self._prompt(prompt)
+        given = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+        }
+        sampling = replace(self._defaults.sampling, **{k: v for k, v in given.items() if v is not None})
+        count = self._room(tokens, max_new_tokens)
+        if cache is None:
+            capacity = -(-(len(tokens) + count) // CHUNK) * CHUNK
+            cache = Cache(self.config, min(capacity, self.max_context))
+        return self._tokens(tokens, count, sampling, np.random.default_rng(seed), ignore_eos, cache)
+
+    def new_cache(self) -> Cache:
+        """A cache for the whole context, for calls that share a prefix (the turns of a chat)."""
+        return Cache(self.config, self.max_context)
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits float32 [T, vocab] after each of the T tokens, given those before it."""
+        tokens = self._prompt(tokens)
+        return np.concatenate(list(self._decoder.logits(tokens, Cache(self.config, len(tokens)))))
+
+    def perplexity(self, text: str, window: int | None = None, stride: int | None = None) -> float:
+        """exp(mean negative log-likelihood per token) of a text, in windows as `bits_per_byte` has them."""
+        nats, count = self._negative_log_likelihood(text, window, stride)
+        return math.exp(nats / count)
+
+    def bits_per_byte(self, text: str, window: int | None = None, stride: int | None = None) -> float:
+        """Negative log2-likelihood of a text over its bytes in UTF-8.
+
+        Windows of `window` tokens (by default the context) advance by `stride` (by default half a window); a token is
+        scored once, with all that is left of it in the first window it is in. The first token is predicted from the
+        beginning-of-sequence token, or the end-of-sequence token; a model that has neither pays log2(vocabulary).
+        """
+        nats, _ = self._negative_log_likelihood(text, window, stride)
+        return nats / math.log(2) / len(text.encode())
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """Tokens that ask for the assistant's answer to `messages`, by the checkpoint's chat template.
+
+        messages: {"role": "system" | "user" | "assistant", "content": text} in order. Raises ThriftyError where the
+        template needs jinja2 and it is not installed.
+        """
+        render = chat_renderer(self._folder.json("tokenizer_config.json"), self._chat_template())
+        return self._tokenizer_or_error().encode(render(messages), add_special_tokens=False).ids
+
+    def _chat_template(self) -> str | None:
+        beside = self._folder.path / "chat_template.jinja"
+        if beside.is_file():
+            return beside.read_text(encoding="utf-8")
+        template = self._folder.json("tokenizer_config.json").get("chat_template")
+        return template if isinstance(template, str) else None
+
+    def _tokens(
+        self,
+        tokens: list[int],
+        count: int,
+        sampling: Sampling,
+        rng: np.random.Generator,
+        ignore_eos: bool,
+        cache: Cache,
+    ) -> Iterator[int]:
+        if not count:
+            return
+        shared = cache.keep_prefix(tokens)
+        logits = self._decoder.advance(tokens[shared:], cache)
+        seen = list(tokens)
+        for made in itertools.count(1):
+            token = sampling.choose(logits, seen, rng)
+            if token in self._defaults.eos and not ignore_eos:
+                return
+            seen.append(token)
+            yield token
+            if made == count:
+                return
+            logits = self._decoder.advance([token], cache)
+
+    def _prompt(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt, checked; an empty one begins a new sequence."""
+        tokens = self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        start = self._start()
+        if not tokens and start is not None:
+            tokens = [start]
+        if not tokens:
+            raise ThriftyError("[generate] the prompt must have a token, for the model names no first one; got none")
+        wrong = next((token for token in tokens if not 0 <= token < self.config.vocab_size), None)
+        if wrong is not None:
+            raise ThriftyError(f"[generate] tokens must be from 0 to {self.config.vocab_size - 1}; got {wrong}")
+        if len(tokens) > self.max_context:
+            raise ThriftyError(
+                f"[generate] a prompt may have {self.max_context} tokens (the context); got {len(tokens)}; shorten it"
+            )
+        return tokens
+
+    def _start(self) -> int | None:
+        """The token that begins a sequence."""
+        if self._defaults.bos is not None and self._defaults.bos < self.config.vocab_size:
+            return self._defaults.bos
+        return min(self._defaults.eos, default=None)
+
+    def _room(self, tokens: list[int], max_new_tokens: int | None) -> int:
+        # The last token is returned, not read: it needs no position.
+        room = self.max_context - len(tokens) + 1
+        if max_new_tokens is None:
+            return min(self._defaults.max_new_tokens, room)
+        if max_new_tokens < 0:
+            raise ThriftyError(f"[generate] max_new_tokens must be at least 0; got {max_new_tokens}")
+        if max_new_tokens > room:
+            raise ThriftyError(
+                f"[generate] prompt and new tokens must fit the context of {self.max_context}; got {len(tokens)} and "
+                f"{max_new_tokens}; shorten the prompt or lower max_new_tokens to {room}"
+            )
+        return max_new_tokens
+
+    def _negative_log_likelihood(self, text: str, window: int | None, stride: int | None) -> tuple[float, int]:
+        """Nats of a text and its number of scored tokens."""
+        window = self.max_context if window is None else window
+        stride = max(1, window // 2) if stride is None else stride
+        if not 1 <= stride <= window <= self.max_context:
+            raise ThriftyError(
+                f"[perplexity] 1 <= stride <= window <= {self.max_context} (the context) must hold; got stride "
+                f"{stride} and window {window}"
+            )
+        tokens = self._tokenizer_or_error().encode(text, add_special_tokens=False).ids
+        if not tokens:
+            raise ThriftyError("[perplexity] the text must have at least one token; got none")
+        start = self._start()
+        nats = math.log(self.config.vocab_size) if start is None else 0.0
+        read = np.array(tokens if start is None else [start, *tokens])
+        scored = 1  # read[0] is paid for
+        while scored < len(read):
+            # The window's last input predicts the token after it.
+            stop = min(scored + (window if scored == 1 else stride), len(read))
+            begin = max(0, stop - 1 - window)
+            inputs = read[begin : stop - 1].tolist()
+            at = begin + 1  # the position that the next row of logits predicts
+            for logits in self._decoder.logits(inputs, Cache(self.config, len(inputs))):
+                skip = max(0, scored - at)
+                nats += _nats(logits[skip:], read[at + skip : at + len(logits)])
+                at += len(logits)
+            scored = stop
+        return nats, len(tokens)
+
+    def _tokenizer_or_error(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ThriftyError(
+                f"[tokenizer] text needs a tokenizer; {self._folder.path} has no tokenizer.json; pass token ids"
+            )
+        return self._tokenizer
+
+
+def _nats(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Sum of -log softmax(logits)[target], in float64."""
+    logits = logits.astype(np.float64)
+    top = logits.max(-1)
+    log_sum = top + np.log(np.exp(logits - top[:, None]).sum(-1))
+    return float((log_sum - logits[np.arange(len(targets)), targets]).sum())
