@@ -1,0 +1,191 @@
+#include <atomic>
+#include <chrono>
+#include <cstring>
+
+#include "cpu.hpp"
+#include "formats.hpp"
+#include "kernels.hpp"
+#include "pool.hpp"
+#include "thrifty.h"
+
+namespace thrifty {
+namespace {
+
+// Bytes of weights, times rows of x, and elements of x below which a thread more does not pay.
+constexpr size_t kMatmulGrain = 32 << 10;
+constexpr size_t kQuantizeGrain = 16 << 10;
+
+constexpr Kernels kGeneric = {generic::matmul_i2, generic::matmul_base3, generic::quantize, generic::rms_norm,
+                              generic::read};
+#if defined(THRIFTY_BUILD_NEON)
+constexpr Kernels kNeon = {neon::matmul_i2, neon::matmul_base3, neon::quantize, neon::rms_norm, generic::read};
+#endif
+#if defined(THRIFTY_BUILD_AVX2)
+constexpr Kernels kAvx2 = {avx2::matmul_i2, avx2::matmul_base3, avx2::quantize, avx2::rms_norm, generic::read};
+#endif
+#if defined(THRIFTY_BUILD_AVX512)
+constexpr Kernels kAvx512 = {avx512::matmul_i2, avx512::matmul_base3, avx512::quantize, avx512::rms_norm, avx512::read};
+#endif
+#if defined(THRIFTY_BUILD_AVX512_VBMI)
+constexpr Kernels kAvx512Vbmi = {avx512::matmul_i2, avx512_vbmi::matmul_base3, avx512::quantize, avx512::rms_norm,
+                                 avx512::read};
+#endif
+
+struct Isa {
+  const char* name;
+  const Kernels* kernels;  // null where not built
+};
+
+constexpr Isa kIsas[THRIFTY_ISA_COUNT] = {
+    {"generic", &kGeneric},
+#if defined(THRIFTY_BUILD_NEON)
+    {"neon", &kNeon},
+#else
+    {"neon", nullptr},
+#endif
+#if defined(THRIFTY_BUILD_AVX2)
+    {"avx2", &kAvx2},
+#else
+    {"avx2", nullptr},
+#endif
+#if defined(THRIFTY_BUILD_AVX512)
+    {"avx512", &kAvx512},
+#else
+    {"avx512", nullptr},
+#endif
+#if defined(THRIFTY_BUILD_AVX512_VBMI)
+    {"avx512_vbmi", &kAvx512Vbmi},
+#else
+    {"avx512_vbmi", nullptr},
+#endif
+};
+
+// -1 until the first use.
+std::atomic<int> selected{-1};
+
+int best() {
+  const uint32_t usable = thrifty_isa_built() & detected_isas();
+  int isa = THRIFTY_ISA_COUNT - 1;
+  while (!((usable >> isa) & 1)) --isa;
+  return isa;
+}
+
+const Kernels& kernels() { return *kIsas[thrifty_isa_selected()].kernels; }
+
+bool valid_rows(const void* x, int64_t n, int64_t d, const void* out) {
+  return x && out && n >= 0 && d > 0 && d <= kMostCols;
+}
+
+}  // namespace
+}  // namespace thrifty
+
+using namespace thrifty;
+
+int thrifty_abi_version(void) { return THRIFTY_ABI_VERSION; }
+
+const char* thrifty_status_text(int status) {
+  switch (status) {
+    case THRIFTY_OK: return "ok";
+    case THRIFTY_BAD_ARGUMENT: return "a shape, stride or pointer is out of range";
+    case THRIFTY_BAD_FORMAT: return "the operation does not know this number format";
+    case THRIFTY_BAD_CODE: return "a weight is none of -1, 0 and 1";
+    case THRIFTY_UNKNOWN_ISA: return "no instruction set has this name";
+    case THRIFTY_ISA_NOT_BUILT: return "the library was built without this instruction set";
+    case THRIFTY_ISA_NOT_DETECTED: return "the processor or the operating system lacks this instruction set";
+    case THRIFTY_OUT_OF_MEMORY: return "out of memory";
+    default: return "unknown status";
+  }
+}
+
+uint32_t thrifty_isa_built(void) {
+  uint32_t mask = 0;
+  for (int isa = 0; isa < THRIFTY_ISA_COUNT; ++isa) mask |= uint32_t{kIsas[isa].kernels != nullptr} << isa;
+  return mask;
+}
+
+uint32_t thrifty_isa_detected(void) { return detected_isas(); }
+
+const char* thrifty_isa_name(int isa) { return isa >= 0 && isa < THRIFTY_ISA_COUNT ? kIsas[isa].name : nullptr; }
+
+int thrifty_isa_selected(void) {
+  int isa = selected.load(std::memory_order_relaxed);
+  if (isa >= 0) return isa;
+  int none = -1;
+  selected.compare_exchange_strong(none, best(), std::memory_order_relaxed);
+  return selected.load(std::memory_order_relaxed);
+}
+
+int thrifty_isa_select(const char* name) {
+  if (name == nullptr) {
+    selected.store(best(), std::memory_order_relaxed);
+    return THRIFTY_OK;
+  }
+  for (int isa = 0; isa < THRIFTY_ISA_COUNT; ++isa) {
+    if (std::strcmp(name, kIsas[isa].name) != 0) continue;
+    if (kIsas[isa].kernels == nullptr) return THRIFTY_ISA_NOT_BUILT;
+    if (!((detected_isas() >> isa) & 1)) return THRIFTY_ISA_NOT_DETECTED;
+    selected.store(isa, std::memory_order_relaxed);
+    return THRIFTY_OK;
+  }
+  return THRIFTY_UNKNOWN_ISA;
+}
+
+int thrifty_ternary_matmul(int format, const uint8_t* packed, int64_t rows, int64_t cols, const float* w_scale,
+                           int64_t n_w_scales, const float* bias, const int8_t* x, int64_t x_stride,
+                           const float* x_scales, int64_t n, float* y, int n_threads) {
+  if (format != THRIFTY_I2 && format != THRIFTY_BASE3) return THRIFTY_BAD_FORMAT;
+  if (!valid_shape(rows, cols) || !packed || !w_scale || !x_scales || !valid_rows(x, n, cols, y))
+    return THRIFTY_BAD_ARGUMENT;
+  const size_t block_cols = kFormats[format].col_multiple;
+  const size_t padded = round_up(size_t(cols), block_cols);
+  if ((n_w_scales != 1 && n_w_scales != rows) || x_stride < int64_t(padded)) return THRIFTY_BAD_ARGUMENT;
+  if (n == 0) return THRIFTY_OK;
+  const TernaryMatmul m{packed,
+                        padded / block_cols,
+                        size_t(rows),
+                        w_scale,
+                        n_w_scales != 1,
+                        bias,
+                        x,
+                        size_t(x_stride),
+                        x_scales,
+                        size_t(n),
+                        y};
+  const auto run = format == THRIFTY_I2 ? kernels().matmul_i2 : kernels().matmul_base3;
+  const size_t tiles = round_up(m.rows, kTileRows) / kTileRows;
+  run_ranges(tiles, m.blocks * kBlockBytes * m.n, kMatmulGrain, n_threads,
+             [&](size_t first, size_t end) { run(m, first, end); });
+  return THRIFTY_OK;
+}
+
+int thrifty_quantize_per_token(const float* x, const float* gain, float eps, int norm, int64_t n, int64_t d,
+                               int8_t* codes, int64_t stride, float* scales, int n_threads) {
+  if (!valid_rows(x, n, d, codes) || !scales || stride < d) return THRIFTY_BAD_ARGUMENT;
+  if (n == 0) return THRIFTY_OK;
+  const TokenRows rows{x, gain, eps, norm != 0, size_t(d), codes, size_t(stride), scales, nullptr};
+  const auto run = kernels().quantize;
+  run_ranges(size_t(n), rows.d, kQuantizeGrain, n_threads, [&](size_t first, size_t end) { run(rows, first, end); });
+  return THRIFTY_OK;
+}
+
+int thrifty_rms_norm(const float* x, const float* gain, float eps, int64_t n, int64_t d, float* y, int n_threads) {
+  if (!valid_rows(x, n, d, y)) return THRIFTY_BAD_ARGUMENT;
+  if (n == 0) return THRIFTY_OK;
+  const TokenRows rows{x, gain, eps, true, size_t(d), nullptr, 0, nullptr, y};
+  const auto run = kernels().rms_norm;
+  run_ranges(size_t(n), rows.d, kQuantizeGrain, n_threads, [&](size_t first, size_t end) { run(rows, first, end); });
+  return THRIFTY_OK;
+}
+
+int thrifty_read_bandwidth(const void* buffer, size_t bytes, int loop, int n_threads, double* bytes_per_second) {
+  if (!buffer || bytes < 64 || loop < 0 || loop > 2 || !bytes_per_second) return THRIFTY_BAD_ARGUMENT;
+  const auto read = kernels().read;
+  std::atomic<uint64_t> sink{0};
+  const auto start = std::chrono::steady_clock::now();
+  run_ranges(bytes / 64, 64, kMatmulGrain, n_threads, [&](size_t first, size_t end) {
+    sink ^= read(static_cast<const char*>(buffer) + 64 * first, 64 * (end - first), loop);
+  });
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+  *bytes_per_second = double(bytes / 64 * 64) / elapsed.count();
+  return THRIFTY_OK;
+}

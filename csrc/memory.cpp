@@ -1,0 +1,41 @@
+#include <cstdlib>
+
+#include "thrifty.h"
+
+#if defined(_WIN32)
+#include <malloc.h>
+#elif defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+constexpr size_t kLine = 64;
+#if !defined(_WIN32)
+constexpr size_t kHugePage = size_t{2} << 20;
+#endif
+
+}  // namespace
+
+void* thrifty_buffer_alloc(size_t bytes) {
+#if defined(_WIN32)
+  return _aligned_malloc(bytes, kLine);
+#else
+  // 4 KiB pages cost a stream of weights more in address translation than in transfer.
+  const bool large = bytes >= kHugePage;
+  void* buffer = nullptr;
+  if (posix_memalign(&buffer, large ? kHugePage : kLine, bytes) != 0) return nullptr;
+#if defined(__linux__)
+  if (large) madvise(buffer, bytes, MADV_HUGEPAGE);
+#endif
+  return buffer;
+#endif
+}
+
+void thrifty_buffer_free(void* buffer) {
+#if defined(_WIN32)
+  _aligned_free(buffer);
+#else
+  std::free(buffer);
+#endif
+}

@@ -1,0 +1,97 @@
+"""Typed wrappers of the native library (csrc/include/thrifty.h) over numpy arrays and over addresses.
+
+Nothing is loaded before the first call. Without the library (no compiler at installation) the same calls run on numpy
+through `thrifty.spec`: correct, and slow; `available()` and `info()` say so.
+"""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from thrifty.errors import ThriftyError
+from thrifty.native import _library
+from thrifty.native._library import aligned_empty
+from thrifty.native._packed import KERNEL_FORMATS, PackedMatrix, pack, unpack
+from thrifty.native._quantize import quantize_into, quantize_per_token, rms_norm
+from thrifty.native._threads import cpu_threads, default_threads
+
+
+def available() -> bool:
+    """Whether the native library is there."""
+    return _library.load() is not None
+
+
+def isa() -> str:
+    """Name of the instruction set in use; 'numpy' without the library."""
+    library = _library.load()
+    return "numpy" if library is None else library.isa_name(library.isa_selected()).decode()
+
+
+def built_isas() -> tuple[str, ...]:
+    """Instruction sets in this build of the library, worst first."""
+    library = _library.load()
+    return _library.isa_names(library, library and library.isa_built())
+
+
+def detected_isas() -> tuple[str, ...]:
+    """Instruction sets of this processor and system that the library knows, worst first."""
+    library = _library.load()
+    return _library.isa_names(library, library and library.isa_detected())
+
+
+def select_isa(name: str | None) -> None:
+    """Uses the named instruction set in this process from now on, or the best for None.
+
+    Raises ThriftyError where it is unknown, not built or not detected; nothing falls back quietly.
+    """
+    _library.select(_library.load(), name)
+
+
+def read_bandwidth(buffer: np.ndarray, loop: int, n_threads: int) -> float:
+    """Bytes per second of one pass of reading a contiguous buffer, cut between threads as a matrix is.
+
+    loop: 0 linear; 1 linear and prefetched; 2 four streams a thread.
+    """
+    library = _library.load()
+    if library is None:
+        raise ThriftyError("[read_bandwidth] there is no native library; install with a C++ compiler")
+    result = ctypes.c_double()
+    status = library.read_bandwidth(buffer.ctypes.data, buffer.nbytes, loop, n_threads, ctypes.byref(result))
+    library.check("read_bandwidth", status)
+    return result.value
+
+
+def info() -> dict[str, Any]:
+    """What `thrifty info` prints: library, instruction sets and threads. Raises as the first call would."""
+    library, reason = _library.find()
+    return {
+        "library": None if library is None else str(library.path),
+        "reason": reason,
+        "isa": isa(),
+        "built": built_isas(),
+        "detected": detected_isas(),
+        "threads": default_threads(),
+        "cpu_threads": cpu_threads(),
+    }
+
+
+__all__ = [
+    "KERNEL_FORMATS",
+    "PackedMatrix",
+    "aligned_empty",
+    "available",
+    "built_isas",
+    "cpu_threads",
+    "default_threads",
+    "detected_isas",
+    "info",
+    "isa",
+    "pack",
+    "quantize_into",
+    "quantize_per_token",
+    "read_bandwidth",
+    "rms_norm",
+    "select_isa",
+    "unpack",
+]
