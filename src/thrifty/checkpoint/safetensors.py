@@ -62,7 +62,7 @@ class Tensor:
             return cls("BF16", bits.astype(np.uint16))
         by_numpy = {storage: name for name, storage in DTYPES.items() if name != "BF16"}
         name = dtype or by_numpy[np.dtype(values.dtype)]
-        return cls(name, np.ascontiguousarray(values, DTYPES[name]))
+        return cls(name, np.asarray(values, DTYPES[name], order="C"))
 
 
 def open_safetensors(path: str | Path) -> dict[str, Tensor]:

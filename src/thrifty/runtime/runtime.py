@@ -15,6 +15,7 @@ from thrifty.runtime.decoder import Decoder
 from thrifty.runtime.generation import Defaults, Sampling
 from thrifty.runtime.text import chat_renderer, pieces, read_tokenizer, until_stop
 from thrifty.spec import CHUNK
+from thrifty.spec.windows import scoring_windows
 
 WEIGHT_FORMATS = ("auto", "i2", "base3")
 
@@ -247,18 +248,13 @@ class Runtime:
         start = self._start()
         nats = math.log(self.config.vocab_size) if start is None else 0.0
         read = np.array(tokens if start is None else [start, *tokens])
-        scored = 1  # read[0] is paid for
-        while scored < len(read):
-            # The window's last input predicts the token after it.
-            stop = min(scored + (window if scored == 1 else stride), len(read))
-            begin = max(0, stop - 1 - window)
+        for begin, scored, stop in scoring_windows(len(read), window, stride):
             inputs = read[begin : stop - 1].tolist()
             at = begin + 1  # the position that the next row of logits predicts
             for logits in self._decoder.logits(inputs, Cache(self.config, len(inputs))):
-                skip = max(0, scored - at)
+                skip = min(max(0, scored - at), len(logits))
                 nats += _nats(logits[skip:], read[at + skip : at + len(logits)])
                 at += len(logits)
-            scored = stop
         return nats, len(tokens)
 
     def _tokenizer_or_error(self) -> Tokenizer:

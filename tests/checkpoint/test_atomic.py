@@ -1,0 +1,112 @@
+import errno
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from thrifty import ThriftyError
+from thrifty.checkpoint import atomic_file, atomic_folder
+
+
+def test_file_replaces_the_old_one(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with atomic_file(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_failing_block_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_file(path, "w") as file:
+        file.write(f"half {1 / 0}")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, number):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def full(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ThriftyError, match=r"a\.bin could not be written.*unchanged"), atomic_file(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no resource limits")
+def test_a_write_that_the_system_refuses(tmp_path):
+    code = """
+    import resource, signal, sys
+    import numpy as np
+    from thrifty.checkpoint import Tensor, atomic_folder, save_safetensors
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        with atomic_folder(sys.argv[1], overwrite=True) as folder:
+            save_safetensors(folder / "model.safetensors", {"x": Tensor.of(np.zeros(100_000, np.float32))})
+    except ValueError as error:
+        print(type(error).__name__, error)
+    """
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(folder)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("ThriftyError [save]")
+    assert "file too large" in done.stdout
+    assert os.listdir(tmp_path) == ["model"]
+    assert os.listdir(folder) == ["old"]
+
+
+def test_an_error_of_rust_about_the_disk_is_understood(tmp_path):
+    with pytest.raises(ThriftyError, match=r"free some space"), atomic_folder(tmp_path / "model"):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert os.listdir(tmp_path) == []
+
+
+def test_folder_replaces_the_old_one_only_when_told(tmp_path):
+    folder = tmp_path / "model"
+    with atomic_folder(folder) as new:
+        (new / "a").write_text("1")
+    with pytest.raises(ThriftyError, match="exists"), atomic_folder(folder):
+        pass
+    with atomic_folder(folder, overwrite=True) as new:
+        (new / "b").write_text("2")
+    assert os.listdir(folder) == ["b"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    rename = os.rename
+
+    def second_fails(source, target):
+        if str(target) == str(folder) and not (os.path.isdir(source) and os.listdir(source) == ["old"]):
+            raise OSError(errno.ENOSPC, "full")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(ThriftyError), atomic_folder(folder, overwrite=True) as new:
+        (new / "new").write_text("new")
+    assert os.listdir(folder) == ["old"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_folder_over_a_file_is_refused(tmp_path):
+    (tmp_path / "model").write_text("a file")
+    with pytest.raises(ThriftyError, match="is a file"), atomic_folder(tmp_path / "model", overwrite=True):
+        pass
