@@ -1,0 +1,100 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from thrifty.cli import app, main
+from thrifty.errors import ThriftyError
+
+HEAVY = ("torch", "transformers", "numpy", "datasets", "matplotlib")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "thrifty", *arguments], capture_output=True, text=True)
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = f"""
+import sys
+from thrifty.cli import main
+main(["--help"])
+print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)
+"""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+        assert done.stderr == "[]\n"
+    assert min(seconds) < 0.5
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in app.COMMANDS)
+
+
+def test_python_m_thrifty_is_the_command():
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, "thrifty 0.1.0\n")
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["--nothing"]])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    assert main(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def raising(monkeypatch):
+    """Makes `thrifty info` raise what it is given."""
+
+    def make(problem: BaseException) -> None:
+        def command() -> None:
+            """Fail."""
+            raise problem
+
+        module = type(sys)("thrifty.cli.info")
+        vars(module)["main"] = command
+        monkeypatch.setitem(sys.modules, "thrifty.cli.info", module)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("problem", "sentence"),
+    [
+        (ThriftyError("[x] a rule;\n got y"), "[x] a rule; got y"),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), "No such file or directory: a.txt"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            "this command needs torch, which is not installed; pip install 'thrifty[torch]'",
+        ),
+    ],
+)
+def test_what_a_user_can_put_right_is_one_sentence(raising, capsys, problem, sentence):
+    raising(problem)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "info"], ["info", "--debug"]])
+def test_debug_shows_the_traceback(raising, capsys, arguments):
+    raising(ThriftyError("[x] a rule"))
+    assert main(arguments) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_defect_shows_its_traceback(raising, capsys):
+    raising(RuntimeError("a defect"))
+    assert main(["info"]) == 1
+    assert "RuntimeError: a defect" in capsys.readouterr().err
+
+
+def test_an_interrupt_exits_with_130_and_one_line(raising, capsys):
+    raising(KeyboardInterrupt())
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
