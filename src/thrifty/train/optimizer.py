@@ -1,0 +1,114 @@
+"""The optimizer of a run: Muon for the matrices of the layers, Adam for everything else; and the learning rate."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thrifty.train.presets import Recipe
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> "MuonWithAdam":
+    """Muon over the weight matrices between embedding and head, Adam over embedding, head, norms and biases."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        inner = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+        (matrices if inner else others).append(parameter)
+    return MuonWithAdam(
+        [
+            {"params": matrices, "muon": True, "lr": recipe.learning_rate},
+            {"params": others, "muon": False, "lr": recipe.adam_learning_rate, "weight_decay": 0.0},
+        ],
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum,
+        betas=(recipe.beta1, recipe.beta2),
+    )
+
+
+class MuonWithAdam(torch.optim.Optimizer):
+    """Groups with `muon` step along orthogonalised momentum, the others by Adam; both decay weights decoupled.
+
+    Muon (Jordan et al., 2024; https://kellerjordan.github.io/posts/muon): m ← μ m + (1 - μ) g, u = (1 - μ) g + μ m
+    after it, and w ← w (1 - lr λ) - lr √max(rows, columns) · O(u), where O maps the singular values of u to about one.
+    μ rises from 0.85 over the first hundred steps. The root makes an entry of the step about `lr` in size, whatever
+    the shape, as Adam's is.
+    """
+
+    def __init__(self, params: Iterable[Any], weight_decay: float, momentum: float, betas: tuple[float, float]):
+        defaults = {"weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": 1e-8, "steps": 0}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step on the gradients that are there; `closure` recomputes them, as in torch."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            group["steps"] += 1
+            given = [p for p in group["params"] if p.grad is not None]
+            if given and group["weight_decay"]:
+                torch._foreach_mul_(given, 1 - group["lr"] * group["weight_decay"])
+            if given:
+                (self._muon if group["muon"] else self._adam)(group, given)
+        return loss
+
+    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        momentum = min(group["momentum"], 0.85 + 0.001 * group["steps"])
+        alike: dict[tuple[int, ...], list[Tensor]] = {}
+        for p in parameters:
+            alike.setdefault((min(p.shape), max(p.shape)), []).append(p)
+        # Matrices of one shape are orthogonalised together: a few large products beat many small ones.
+        for (_, longer), members in alike.items():
+            updates = []
+            for p in members:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                buffer = state["momentum"].lerp_(p.grad, 1 - momentum)
+                update = torch.lerp(p.grad, buffer, momentum)
+                updates.append(update if p.shape[0] <= p.shape[1] else update.T)
+            directions = orthogonalize(torch.stack(updates)).float()
+            for p, direction in zip(members, directions, strict=True):
+                turned = direction if p.shape[0] <= p.shape[1] else direction.T
+                p.add_(turned, alpha=-group["lr"] * math.sqrt(longer))
+
+    def _adam(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        correction1, correction2 = 1 - beta1 ** group["steps"], 1 - beta2 ** group["steps"]
+        for p in parameters:
+            state = self.state[p]
+            if not state:
+                state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
+            mean = state["mean"].lerp_(p.grad, 1 - beta1)
+            square = state["square"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+            root = (square / correction2).sqrt_().add_(group["eps"])
+            p.addcdiv_(mean, root, value=-group["lr"] / correction1)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: singular values between 0.7 and 1.2. [k, rows ≤ columns], bf16.
+
+    Five Newton-Schulz steps X ← a X + (b S + c S²) X, S = X Xᵀ, on X scaled to norm one, with Jordan's coefficients.
+    """
+    x = matrices.to(torch.bfloat16)
+    x = x / (matrices.flatten(1).norm(dim=1)[:, None, None] + 1e-7).to(torch.bfloat16)
+    for _ in range(5):
+        s = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
+def learning_rate_factor(step: int, steps: float, recipe: Recipe) -> float:
+    """Share of the largest learning rate at `step` (from 0) of `steps`.
+
+    A straight rise over `warmup` steps, times: 1 while p = step / steps < hold, then straight down to `floor` at p = 1.
+    """
+    rise = min(1.0, (step + 1) / max(recipe.warmup, 1))
+    p = min(step / steps, 1.0)
+    if p < recipe.hold:
+        return rise
+    return rise * (recipe.floor + (1 - recipe.floor) * (1 - p) / max(1 - recipe.hold, 1e-9))
