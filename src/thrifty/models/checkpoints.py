@@ -1,0 +1,197 @@
+"""Loading and saving models: latent folders, packed folders, and nothing half-written."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from thrifty.errors import ThriftyError
+from thrifty.nn import BitLinear, PackedBitLinear, is_packed, pack, unpack
+from thrifty.nn.packing import StoredBitLinear
+
+#: transformers' record of BitNet folders; with it goes quantization_mode, "offline" where packed, else "online".
+QUANTIZATION = {"quant_method": "bitnet", "linear_class": "autobitlinear", "modules_to_not_convert": ["lm_head"]}
+_HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+
+
+class CheckpointedModel(PreTrainedModel):
+    """`from_pretrained` and `save_pretrained` for models of BitLinear or PackedBitLinear layers."""
+
+    def finish(self, stored: bool) -> None:
+        """The last step of a constructor; stored: make room for a packed checkpoint's tensors."""
+        if stored:
+            _replace(self, BitLinear, StoredBitLinear)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, pretrained_model_name_or_path: str | os.PathLike, *, unpack: bool = False, **kwargs: Any
+    ) -> Self:
+        """A model from a folder or a hub name: trainable from latent weights, packed from packed ones.
+
+        unpack: turn packed layers into trainable ones (`thrifty.nn.unpack`). Other options are transformers'.
+        Raises ThriftyError where the tensors are damaged or are not those of the config.
+        """
+        config, kwargs = cls._read_config(pretrained_model_name_or_path, kwargs)
+        # transformers would hand every linear layer to its own classes; ours read this record themselves.
+        stored = _is_offline(config.__dict__.pop("quantization_config", None), pretrained_model_name_or_path)
+        with_info = kwargs.pop("output_loading_info", False)
+        options = {"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True, "config": config}
+        if stored:
+            options["stored"] = True
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, **options)
+        except SafetensorError as error:
+            raise ThriftyError(
+                f"[load] {pretrained_model_name_or_path} must hold safetensors; {error}; get its tensors again"
+            ) from error
+        _check(info, pretrained_model_name_or_path, kwargs.get("ignore_mismatched_sizes", False))
+        if stored:
+            _replace(model, StoredBitLinear, StoredBitLinear.to_packed)
+        if unpack:
+            model = _unpack(model)
+        return (model, info) if with_info else model  # pyright: ignore[reportReturnType]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # pyright: ignore
+        """Write config, tensors and generation defaults; a file is replaced only when its successor is complete.
+
+        A packed model gives a packed folder, a latent one a latent folder; `quantization_config` says which.
+        """
+        folder = Path(save_directory)
+        with _described(self):
+            if kwargs.get("push_to_hub"):
+                super().save_pretrained(folder, **kwargs)
+                return
+            with _staging(folder) as staging:
+                super().save_pretrained(staging, **kwargs)
+
+    @classmethod
+    def _read_config(cls, path: str | os.PathLike, kwargs: dict) -> tuple[PreTrainedConfig, dict]:
+        kwargs = dict(kwargs)
+        config = kwargs.pop("config", None)
+        if isinstance(config, PreTrainedConfig):
+            return type(config).from_dict(config.to_dict()), kwargs
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.config_class.__dataclass_fields__}
+        dtype = {"dtype": fields.pop("dtype")} if "dtype" in fields else {}
+        return cls.config_class.from_pretrained(config or path, **hub, **fields), {**kwargs, **dtype}
+
+
+def round_dense_parameters(model: nn.Module) -> nn.Module:
+    """Round every parameter that is not a BitLinear weight to the nearest bfloat16 value, in place.
+
+    Embeddings, norms, heads and biases keep their dtype; after this a packed folder in bfloat16 loses nothing.
+    Returns the model.
+    """
+    latent = {id(module.weight) for module in model.modules() if isinstance(module, BitLinear)}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if id(parameter) not in latent:
+                parameter.copy_(parameter.to(torch.bfloat16))
+    return model
+
+
+def save_packed(model: CheckpointedModel, folder: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the packed form of a model: codes at 2 bits, scales, and the rest in dtype.
+
+    config.json's `dtype` stays what the model computes in, so loading it gives the same logits, bit for bit, where
+    the dense parameters hold values of dtype (`round_dense_parameters`). The tokenizer is the caller's to copy.
+    """
+    packed = model if is_packed(model) else pack(model)
+    tied = packed.all_tied_weights_keys or {}
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() and not name.endswith(".weight_scale") else tensor
+        for name, tensor in packed.state_dict().items()
+        if name not in tied
+    }
+    packed.save_pretrained(folder, state_dict=tensors)
+
+
+# `from_pretrained` has an option of this name.
+_unpack = unpack
+
+
+def _replace(model: nn.Module, kind: type, make: Any) -> None:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, kind):
+            model.set_submodule(name, make(module))
+
+
+def _is_offline(record: Any, path: str | os.PathLike) -> bool:
+    """Whether a quantization_config announces packed weights. Raises ThriftyError for one that is not read here."""
+    if record is None:
+        return False
+    record = record if isinstance(record, dict) else record.to_dict()
+    if record.get("quant_method") != "bitnet":
+        raise ThriftyError(f"[load] quant_method must be 'bitnet'; got '{record.get('quant_method')}' in {path}")
+    if record.get("quantization_mode", "offline") == "online":
+        return False
+    if record.get("linear_class", "bitlinear") != "autobitlinear":
+        raise ThriftyError(
+            f"[load] linear_class must be 'autobitlinear', whose scale multiplies; got "
+            f"'{record.get('linear_class', 'bitlinear')}' in {path}; convert it first"
+        )
+    return True
+
+
+def _check(info: dict, path: str | os.PathLike, ignore_mismatched: bool) -> None:
+    missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+    if missing:
+        raise ThriftyError(
+            f"[load] the tensors of {path} must be those of its config; {missing[0]} is missing"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
+    if mismatched and not ignore_mismatched:
+        name, found, expected = mismatched[0]
+        raise ThriftyError(
+            f"[load] the tensors of {path} must be those of its config; {name} must have shape {tuple(expected)}; "
+            f"got {tuple(found)}"
+        )
+
+
+@contextmanager
+def _described(model: CheckpointedModel) -> Iterator[None]:
+    """The model's config with the quantization_config of what its layers are, while saving."""
+    mode = None
+    if is_packed(model):
+        mode = "offline"
+    elif any(isinstance(module, BitLinear) for module in model.modules()):
+        mode = "online"
+    if mode is not None:
+        model.config.quantization_config = {**QUANTIZATION, "quantization_mode": mode}
+    try:
+        yield
+    finally:
+        model.config.__dict__.pop("quantization_config", None)
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A folder whose files move into `folder` when complete. Raises ThriftyError where the disk is full."""
+    if folder.is_file():
+        raise ThriftyError(f"[save] the output must be a folder; {folder} is a file; choose another name")
+    staging = folder / f".saving-{secrets.token_hex(4)}"
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        files = sorted(staging.iterdir(), key=lambda file: file.suffix == ".json")  # a config after its tensors
+        for file in files:
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        for file in files:
+            os.replace(file, folder / file.name)
+    except SafetensorError as error:
+        raise ThriftyError(f"[save] {folder} could not be written; {error}; free some space there") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+__all__ = ["CheckpointedModel", "PackedBitLinear", "round_dense_parameters", "save_packed"]

@@ -1,0 +1,22 @@
+"""Torch modules: low-bit layers and the blocks made of them. They own state; the arithmetic is in `thrifty.ops`."""
+
+from thrifty.nn.attention import BitAttention
+from thrifty.nn.feedforward import BitFeedForward
+from thrifty.nn.linear import LINEARS, BitLinear, make_linear
+from thrifty.nn.norm import RMSNorm
+from thrifty.nn.packing import PackedBitLinear, is_packed, pack, unpack
+from thrifty.nn.rotary import RotaryEmbedding
+
+__all__ = [
+    "LINEARS",
+    "BitAttention",
+    "BitFeedForward",
+    "BitLinear",
+    "PackedBitLinear",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "is_packed",
+    "make_linear",
+    "pack",
+    "unpack",
+]

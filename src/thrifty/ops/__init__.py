@@ -1,0 +1,28 @@
+"""Operations on torch tensors: validate, choose an implementation, call.
+
+Every op has the name it has in `thrifty.spec`, which says what it computes.
+"""
+
+from thrifty.ops.attention import attention
+from thrifty.ops.bit_linear import KINDS, Kind, bit_linear, quantize_weight
+from thrifty.ops.glu import ACTIVATIONS, activation, glu
+from thrifty.ops.quantize_per_token import quantize_per_token, rms_norm
+from thrifty.ops.rope import apply_rope
+from thrifty.ops.ternary_matmul import pack_weight, ternary_matmul, unpack_weight
+
+__all__ = [
+    "ACTIVATIONS",
+    "KINDS",
+    "Kind",
+    "activation",
+    "apply_rope",
+    "attention",
+    "bit_linear",
+    "glu",
+    "pack_weight",
+    "quantize_per_token",
+    "quantize_weight",
+    "rms_norm",
+    "ternary_matmul",
+    "unpack_weight",
+]
