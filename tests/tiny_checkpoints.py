@@ -60,7 +60,9 @@ def shapes(config: dict[str, Any]) -> tuple[dict[str, tuple[int, int]], dict[str
 def write_checkpoint(path: Path, seed: int = 0, latent: bool = False, tokenizer: bool = True, **fields: Any):
     """Write a random checkpoint: packed, or with latent weights. `fields` go over SIZES into config.json."""
     rng = np.random.default_rng(seed)
-    config = {"model_type": "thrifty" if fields.keys() & {"linear", "feed_forward", "norm_placement"} else "bitnet"}
+    config: dict[str, Any] = {
+        "model_type": "thrifty" if fields.keys() & {"linear", "feed_forward", "norm_placement"} else "bitnet"
+    }
     config |= {"quantization_config": PACKED | ({"quantization_mode": "online"} if latent else {})} | SIZES | fields
     linear = config.get("linear", "ternary")
     if linear == "dense":

@@ -1,13 +1,14 @@
-"""The products of a layer: quantised linears with the norm in front of them, and float matrices."""
+"""The products of a layer: low-bit linears with the norm in front of them, and float matrices."""
 
 import numpy as np
 
+from thrifty import native
 from thrifty.checkpoint import Tensor
-from thrifty.runtime._native import PackedMatrix, quantize_per_token, rms_norm
+from thrifty.runtime.workspace import Buffer, Workspace
 
-#: Extra bytes that a float matrix may take to be kept as float32 instead of as stored.
+#: Bytes by which a 16-bit head may grow to be kept as float32.
 WIDEN_LIMIT = 32 << 20
-#: Rows of a 16-bit matrix that are widened at a time.
+#: Bytes of a head that are widened at a time otherwise.
 _BLOCK_BYTES = 4 << 20
 
 
@@ -16,69 +17,102 @@ class TernaryProjection:
 
     def __init__(
         self,
-        matrix: PackedMatrix,
+        matrix: native.PackedMatrix,
         scale: np.ndarray,
         bias: np.ndarray | None,
         gain: np.ndarray | None,
         eps: float,
         n_threads: int,
     ) -> None:
-        self.matrix = matrix
-        self.rows = matrix.rows
+        """scale: float32 [1] or [rows]; bias: float32 [rows] or None; gain: of the norm, None for no norm."""
         self.nbytes = matrix.nbytes
-        self._scale = scale
-        self._bias = bias
-        self._gain = gain
+        self.width = matrix.width
+        self._matrix = matrix
+        self._scale = Buffer.of(scale)
+        self._bias = None if bias is None else Buffer.of(bias)
+        self._gain = None if gain is None else Buffer.of(gain)
         self._eps = eps
         self._n_threads = n_threads
+        self._native = native.available()
 
-    def __call__(self, x: np.ndarray, out: np.ndarray) -> None:
+    def __call__(self, x: Buffer, out: Buffer, work: Workspace) -> None:
         """Write y [T, rows] for x float32 [T, cols]."""
-        codes, scales = quantize_per_token(x, self._gain, self._eps, self._gain is not None, self._n_threads)
-        self.matrix.matmul(codes, scales, self._scale, self._bias, self._n_threads, out)
+        if not self._native:
+            self._through_numpy(x.array, out.array)
+            return
+        matrix, gain, bias, threads = self._matrix, self._gain, self._bias, self._n_threads
+        T = x.array.shape[0]
+        native.quantize_into(
+            x.address,
+            gain and gain.address,
+            self._eps,
+            gain is not None,
+            T,
+            matrix.cols,
+            work.codes.address,
+            self.width,
+            work.scales.address,
+            threads,
+        )
+        matrix.matmul_into(
+            work.codes.address,
+            self.width,
+            work.scales.address,
+            T,
+            self._scale.address,
+            self._scale.array.size,
+            bias and bias.address,
+            out.address,
+            threads,
+        )
+
+    def _through_numpy(self, x: np.ndarray, out: np.ndarray) -> None:
+        gain, bias = self._gain and self._gain.array, self._bias and self._bias.array
+        codes, scales = native.quantize_per_token(x, gain, self._eps, gain is not None)
+        self._matrix.matmul(codes, scales, self._scale.array, bias, out=out)
 
 
 class DenseProjection:
-    """y = rms_norm(x, gain) W^T + b in float32."""
+    """y = rms_norm(x, gain) W^T + b in float32; several W with one input are stacked by rows."""
 
-    def __init__(self, matrix: "FloatMatrix", bias: np.ndarray | None, gain: np.ndarray | None, eps: float) -> None:
-        self.rows = matrix.rows
-        self.nbytes = matrix.nbytes
-        self._matrix = matrix
+    width = 0
+
+    def __init__(self, weight: np.ndarray, bias: np.ndarray | None, gain: np.ndarray | None, eps: float) -> None:
+        """weight: float32 [rows, cols]; bias and gain as for TernaryProjection."""
+        self.nbytes = weight.nbytes
+        self._weight = weight
         self._bias = bias
         self._gain = gain
         self._eps = eps
 
-    def __call__(self, x: np.ndarray, out: np.ndarray) -> None:
+    def __call__(self, x: Buffer, out: Buffer, work: Workspace) -> None:
         """Write y [T, rows] for x float32 [T, cols]."""
-        y = x if self._gain is None else rms_norm(x, self._gain, self._eps)
-        self._matrix.matmul(y, out)
+        y = x.array if self._gain is None else native.rms_norm(x.array, self._gain, self._eps)
+        np.matmul(y, self._weight.T, out.array)
         if self._bias is not None:
-            np.add(out, self._bias, out)
+            np.add(out.array, self._bias, out.array)
 
 
-class FloatMatrix:
-    """A float matrix [rows, cols]: float32 where that costs little memory, else 16 bits widened block by block.
+class Head:
+    """logits = x W^T, W float32 where that costs little memory, else as stored and widened block by block.
 
-    numpy has no product of bfloat16, and a second copy of a large embedding would break the promise that memory stays
+    numpy has no product of bfloat16, and a float32 copy of a large embedding would break the promise that memory stays
     near the size of the weights.
     """
 
-    def __init__(self, *tensors: Tensor, limit: int = WIDEN_LIMIT) -> None:
-        count = sum(tensor.data.size for tensor in tensors)
-        stored = sum(tensor.data.nbytes for tensor in tensors)
-        wide = len(tensors) > 1 or tensors[0].dtype == "F64" or 4 * count - stored <= limit
-        self.rows = sum(tensor.shape[0] for tensor in tensors)
-        self._stored = tensors[0]
-        self._wide = np.concatenate([tensor.float32() for tensor in tensors]) if wide else None
-        self._block = max(1, _BLOCK_BYTES // (4 * tensors[0].shape[1]))
-        self.nbytes = 4 * count if wide else stored
+    def __init__(self, weight: Tensor, limit: int = WIDEN_LIMIT) -> None:
+        grows = 4 * weight.data.size - weight.data.nbytes
+        self._stored = weight
+        self._wide = weight.float32() if grows <= limit else None
+        self._block = max(1, _BLOCK_BYTES // (4 * weight.shape[1]))
+        self.nbytes = weight.data.nbytes if self._wide is None else self._wide.nbytes
 
-    def matmul(self, x: np.ndarray, out: np.ndarray) -> None:
-        """Write x W^T [T, rows] for x float32 [T, cols]."""
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Logits float32 [T, vocab] for x float32 [T, hidden]."""
         if self._wide is not None:
-            np.matmul(x, self._wide.T, out)
-            return
-        for start in range(0, self.rows, self._block):
+            return x @ self._wide.T
+        out = np.empty((len(x), self._stored.shape[0]), np.float32)
+        for start in range(0, out.shape[1], self._block):
             rows = Tensor(self._stored.dtype, self._stored.data[start : start + self._block]).float32()
             out[:, start : start + self._block] = x @ rows.T
+        return out

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from thrifty import native
 from thrifty.checkpoint import DecoderConfig, Folder, open_folder
 from thrifty.errors import ThriftyError
-from thrifty.runtime._native import default_threads
 from thrifty.runtime.cache import Cache
 from thrifty.runtime.decoder import Decoder
 from thrifty.runtime.generation import Defaults, Sampling
@@ -42,7 +42,7 @@ def load(
     defaults = Defaults.read(folder.json("generation_config.json"), folder.json("config.json"))
     if weight_format == "auto":
         weight_format = "i2"
-    decoder = Decoder(folder, weight_format, n_threads or default_threads(), max_context or limit)
+    decoder = Decoder(folder, weight_format, n_threads or native.default_threads(), max_context or limit)
     return Runtime(decoder, tokenizer, defaults, folder)
 
 
