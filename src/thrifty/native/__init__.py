@@ -12,6 +12,7 @@ import numpy as np
 from thrifty.errors import ThriftyError
 from thrifty.native import _library
 from thrifty.native._library import aligned_empty
+from thrifty.native._matmul import ternary_matmul
 from thrifty.native._packed import KERNEL_FORMATS, PackedMatrix, pack, unpack
 from thrifty.native._quantize import quantize_into, quantize_per_token, rms_norm
 from thrifty.native._threads import cpu_threads, default_threads
@@ -93,5 +94,6 @@ __all__ = [
     "read_bandwidth",
     "rms_norm",
     "select_isa",
+    "ternary_matmul",
     "unpack",
 ]

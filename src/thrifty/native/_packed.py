@@ -48,7 +48,7 @@ def unpack(fmt: str, packed: np.ndarray, rows: int, cols: int) -> np.ndarray:
 class PackedMatrix:
     """A ternary matrix [rows, cols] in a kernel layout, which owns its aligned memory.
 
-    Made by `from_codes`; equal matrices pickle and copy through their codes. Without the native library it holds int8
+    Made by `from_codes`; pickled and copied through its codes. Without the native library it holds int8
     codes and multiplies through numpy: correct, and slow.
     """
 
@@ -64,31 +64,34 @@ class PackedMatrix:
     #: Columns with padding: least stride of x given by address, zero and readable up to here.
     width: int
 
-    def __init__(self, codes: np.ndarray, fmt: str = "i2"):
-        codes = _codes("ternary_matmul", codes)
+    def __init__(self, packed: np.ndarray, rows: int, cols: int, fmt: str):
+        """Takes bytes that `pack` made, uint8 of the format's packed size, contiguous, without copying them."""
         if fmt not in KERNEL_FORMATS:
             raise ThriftyError(f"[ternary_matmul] format must be one of {', '.join(KERNEL_FORMATS)}; got '{fmt}'")
         record = spec.FORMATS[fmt]
-        self.format = fmt
-        self.rows, self.cols = codes.shape
-        self.width = record.padded(self.rows, self.cols)[1]
-        self.nbytes = record.nbytes(self.rows, self.cols)
+        self.nbytes = record.nbytes(rows, cols)
+        if packed.dtype != np.uint8 or packed.size != self.nbytes or not packed.flags.c_contiguous:
+            raise ThriftyError(
+                f"[ternary_matmul] {rows} x {cols} weights in '{fmt}' take {self.nbytes} contiguous bytes;"
+                f" got {packed.dtype} {packed.shape}"
+            )
+        self.format, self.rows, self.cols = fmt, rows, cols
+        self.width = record.padded(rows, cols)[1]
         self._format_id = FORMAT_IDS[fmt]
         library = load()
         self._packed = self._codes = self._address = self._product = None
         if library is None:
-            if not ((codes >= -1) & (codes <= 1)).all():
-                raise ThriftyError("[ternary_matmul] codes must be among (-1, 0, 1)")
-            self._codes = codes.copy()
+            self._codes = spec.unpack(record, packed, rows, cols)
         else:
-            self._packed = pack(fmt, codes)
-            self._address = self._packed.ctypes.data
+            self._packed, self._address = packed, packed.ctypes.data
             self._product = library.ternary_matmul
 
     @classmethod
     def from_codes(cls, codes: np.ndarray, fmt: str = "i2") -> "PackedMatrix":
         """Packs codes int8 [rows, cols], each -1, 0 or 1. Raises ThriftyError for others."""
-        return cls(codes, fmt)
+        if fmt not in KERNEL_FORMATS:
+            raise ThriftyError(f"[ternary_matmul] format must be one of {', '.join(KERNEL_FORMATS)}; got '{fmt}'")
+        return cls(pack(fmt, codes), *codes.shape, fmt)
 
     def codes(self) -> np.ndarray:
         """The codes again: int8 [rows, cols]."""
@@ -97,7 +100,7 @@ class PackedMatrix:
         return unpack(self.format, self._packed, self.rows, self.cols)
 
     def __reduce__(self):
-        return PackedMatrix, (self.codes(), self.format)
+        return PackedMatrix.from_codes, (self.codes(), self.format)
 
     def __repr__(self) -> str:
         return f"PackedMatrix({self.rows} x {self.cols}, {self.format}, {self.nbytes} bytes)"
@@ -181,7 +184,8 @@ class PackedMatrix:
     def _check_x(self, x_codes: np.ndarray, x_scales: np.ndarray) -> tuple[int, int]:
         if x_codes.ndim != 2 or x_codes.dtype != np.int8 or not x_codes.flags.c_contiguous:
             raise ThriftyError(
-                f"[ternary_matmul] x_codes must be contiguous int8 [n, {self.cols}]; got {x_codes.dtype} {x_codes.shape}"
+                f"[ternary_matmul] x_codes must be contiguous int8 [n, {self.cols}];"
+                f" got {x_codes.dtype} {x_codes.shape}"
             )
         n, stride = x_codes.shape
         if stride != self.cols and stride < self.width:
