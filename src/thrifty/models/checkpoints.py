@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from thrifty.errors import ThriftyError
-from thrifty.nn import BitLinear, PackedBitLinear, is_packed, pack, unpack
+from thrifty.nn import BitLinear, is_packed, pack, unpack
 from thrifty.nn.packing import StoredBitLinear
 
 #: transformers' record of BitNet folders; with it goes quantization_mode, "offline" where packed, else "online".
@@ -37,7 +37,9 @@ class CheckpointedModel(PreTrainedModel):
     ) -> Self:
         """A model from a folder or a hub name: trainable from latent weights, packed from packed ones.
 
-        unpack: turn packed layers into trainable ones (`thrifty.nn.unpack`). Other options are transformers'.
+        unpack: turn packed layers into trainable ones (`thrifty.nn.unpack`). dtype: what to compute in; a packed folder
+        is computed in float32 by default, as the runtime does, whatever its tensors are stored in. Other options are
+        transformers'.
         Raises ThriftyError where the tensors are damaged or are not those of the config.
         """
         config, kwargs = cls._read_config(pretrained_model_name_or_path, kwargs)
@@ -46,19 +48,21 @@ class CheckpointedModel(PreTrainedModel):
         with_info = kwargs.pop("output_loading_info", False)
         options = {"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True, "config": config}
         if stored:
-            options["stored"] = True
+            # transformers' own loader needs config.json to name the dtype of the stored tensors.
+            options = {"dtype": torch.float32, **options, "stored": True}
         try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, **options)
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, **options)
         except SafetensorError as error:
             raise ThriftyError(
                 f"[load] {pretrained_model_name_or_path} must hold safetensors; {error}; get its tensors again"
             ) from error
+        model, info = loaded
         _check(info, pretrained_model_name_or_path, kwargs.get("ignore_mismatched_sizes", False))
         if stored:
             _replace(model, StoredBitLinear, StoredBitLinear.to_packed)
         if unpack:
             model = _unpack(model)
-        return (model, info) if with_info else model  # pyright: ignore[reportReturnType]
+        return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # pyright: ignore
         """Write config, tensors and generation defaults; a file is replaced only when its successor is complete.
@@ -79,10 +83,11 @@ class CheckpointedModel(PreTrainedModel):
         config = kwargs.pop("config", None)
         if isinstance(config, PreTrainedConfig):
             return type(config).from_dict(config.to_dict()), kwargs
+        config_class: Any = cls.config_class
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.config_class.__dataclass_fields__}
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in config_class.__dataclass_fields__}
         dtype = {"dtype": fields.pop("dtype")} if "dtype" in fields else {}
-        return cls.config_class.from_pretrained(config or path, **hub, **fields), {**kwargs, **dtype}
+        return config_class.from_pretrained(config or path, **hub, **fields), {**kwargs, **dtype}
 
 
 def round_dense_parameters(model: nn.Module) -> nn.Module:
@@ -100,19 +105,13 @@ def round_dense_parameters(model: nn.Module) -> nn.Module:
 
 
 def save_packed(model: CheckpointedModel, folder: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write the packed form of a model: codes at 2 bits, scales, and the rest in dtype.
+    """Write the packed form of a model: codes at 2 bits, scales, and the rest in dtype. The model is left as it is.
 
-    config.json's `dtype` stays what the model computes in, so loading it gives the same logits, bit for bit, where
-    the dense parameters hold values of dtype (`round_dense_parameters`). The tokenizer is the caller's to copy.
+    Loaded again, it gives the same logits, bit for bit, where the dense parameters hold values of dtype
+    (`round_dense_parameters`). The tokenizer is the caller's to copy.
     """
-    packed = model if is_packed(model) else pack(model)
-    tied = packed.all_tied_weights_keys or {}
-    tensors = {
-        name: tensor.to(dtype) if tensor.is_floating_point() and not name.endswith(".weight_scale") else tensor
-        for name, tensor in packed.state_dict().items()
-        if name not in tied
-    }
-    packed.save_pretrained(folder, state_dict=tensors)
+    packed: Any = pack(model)
+    packed.to(dtype).save_pretrained(folder)
 
 
 # `from_pretrained` has an option of this name.
@@ -192,6 +191,3 @@ def _staging(folder: Path) -> Iterator[Path]:
         raise ThriftyError(f"[save] {folder} could not be written; {error}; free some space there") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-__all__ = ["CheckpointedModel", "PackedBitLinear", "round_dense_parameters", "save_packed"]

@@ -81,12 +81,13 @@ class ThriftyConfig(PreTrainedConfig):
     @property
     def is_plain_bitnet(self) -> bool:
         """Whether transformers' own BitNet computes the same from the packed folder."""
-        widths = (self.hidden_size, self.intermediate_size, self.num_key_value_heads * self.head_dim)
+        head_dim = self.head_dim or 0
+        widths = (self.hidden_size, self.intermediate_size, (self.num_key_value_heads or 0) * head_dim)
         return (
             all(mixer == "attention" for mixer in self.token_mixers)
             and (self.feed_forward, self.linear, self.norm_placement) == ("glu", "ternary", "sub_ln")
             and not self.attention_bias
-            and self.num_attention_heads * self.head_dim == self.hidden_size
+            and self.num_attention_heads * head_dim == self.hidden_size
             # transformers' layer takes four rows to a byte and has no padding.
             and all(width % 4 == 0 for width in widths)
         )

@@ -21,7 +21,7 @@ def ternary_matmul(
     """y = float32(x_codes . w^T) * (x_scale * w_scale) + bias, as `thrifty.spec.ternary_matmul` bit for bit.
 
     packed: uint8, contiguous, in layout fmt ('i2' or 'base3'); x_codes: int8 [n, cols]; x_scales: float32 [n]; bias:
-    float32 [rows] or None. Returns float32 [n, rows]. `PackedMatrix.matmul` is the same for a matrix that owns its bytes.
+    float32 [rows] or None. Returns float32 [n, rows]. `PackedMatrix.matmul` is the same for a matrix that owns bytes.
     Raises ThriftyError where the byte count does not fit the shape.
     """
     n, cols = x_codes.shape

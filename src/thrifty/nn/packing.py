@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from thrifty import ops, spec
+from thrifty import native, ops, spec
 from thrifty.errors import ThriftyError
 from thrifty.nn.linear import BitLinear, Norm, describe, normalize
 
@@ -26,6 +26,7 @@ class PackedBitLinear(nn.Module):
 
     packed: Tensor
     weight_scale: Tensor
+    bias: Tensor | None
 
     def __init__(
         self, codes: Tensor, scale: Tensor, bias: Tensor | None = None, *, kind: ops.Kind = "ternary", norm: Norm = None
@@ -87,6 +88,7 @@ class StoredBitLinear(nn.Module):
 
     weight: Tensor
     weight_scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, linear: BitLinear) -> None:
         super().__init__()
@@ -103,7 +105,8 @@ class StoredBitLinear(nn.Module):
         codes = from_stored(self.weight, self.out_features, self.in_features)
         return PackedBitLinear(codes, self.weight_scale, self.bias, kind=self.kind, norm=self.norm)
 
-    extra_repr = describe
+    def extra_repr(self) -> str:
+        return describe(self)
 
 
 def pack(model: M, where: Where | None = None) -> M:
@@ -142,19 +145,20 @@ def is_packed(model: nn.Module) -> bool:
 
 def to_stored(codes: Tensor) -> Tensor:
     """Weight codes in transformers' layout, uint8 [ceil(rows / 4), cols]."""
-    return torch.from_numpy(spec.pack(spec.ROW_BLOCK, codes.cpu().numpy())).to(codes.device)
+    return torch.from_numpy(native.pack(spec.ROW_BLOCK.name, codes.cpu().numpy())).to(codes.device)
 
 
 def from_stored(packed: Tensor, rows: int, cols: int) -> Tensor:
     """The inverse of `to_stored`. Raises ThriftyError where a byte stands for no code or the size does not fit."""
-    return torch.from_numpy(spec.unpack(spec.ROW_BLOCK, packed.cpu().numpy(), rows, cols)).to(packed.device)
+    return torch.from_numpy(native.unpack(spec.ROW_BLOCK.name, packed.cpu().numpy(), rows, cols)).to(packed.device)
 
 
 def _unpack_linear(packed: PackedBitLinear) -> BitLinear:
+    latent_bias = packed.bias
     linear = BitLinear(
         packed.in_features,
         packed.out_features,
-        packed.bias is not None,
+        latent_bias is not None,
         weight=packed.kind,
         norm=packed.norm,
         device="meta",
@@ -169,8 +173,8 @@ def _unpack_linear(packed: PackedBitLinear) -> BitLinear:
             "made by absmean; run it packed"
         )
     linear.weight = nn.Parameter(latent)
-    if packed.bias is not None:
-        linear.bias = nn.Parameter(packed.bias.clone())
+    if latent_bias is not None:
+        linear.bias = nn.Parameter(latent_bias.clone())
     return linear
 
 

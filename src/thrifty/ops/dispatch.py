@@ -1,14 +1,10 @@
 """Choosing an implementation: the native library for CPU tensors where it is built, plain torch otherwise."""
 
-from types import ModuleType
-
 from torch import Tensor
 
+from thrifty import native
 
-def native_for(x: Tensor) -> ModuleType | None:
-    """`thrifty.native` where it can work on x (CPU memory, library present), else None."""
-    try:
-        from thrifty import native
-    except ImportError:
-        return None
-    return native if x.device.type == "cpu" and hasattr(native, "available") and native.available() else None
+
+def use_native(x: Tensor) -> bool:
+    """Whether the native library can work on x: CPU memory, and the library is there."""
+    return x.device.type == "cpu" and native.available()

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from thrifty import native
 from thrifty.errors import ThriftyError
-from thrifty.ops.dispatch import native_for
+from thrifty.ops.dispatch import use_native
 from thrifty.spec.quantize_per_token import LANES
 from thrifty.spec.quantizers import EPS, absmax_codes
 
@@ -39,8 +40,7 @@ def quantize_per_token(
 @torch.library.custom_op("thrifty::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     rows = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
-    native = native_for(rows)
-    if native is not None:
+    if use_native(rows):
         y = torch.from_numpy(native.rms_norm(rows.numpy(), None if gain is None else _array(gain), eps))
     else:
         y = _exact_rms_norm(rows, gain, eps)
@@ -86,8 +86,7 @@ def _(x: Tensor, gain: Tensor | None, eps: float, norm: bool) -> tuple[Tensor, T
 def quantize_rows(x: Tensor, gain: Tensor | None, eps: float, norm: bool) -> tuple[Tensor, Tensor]:
     """The text behind `quantize_per_token`, for use inside other ops. x: [n, d]."""
     rows = x.float().contiguous()
-    native = native_for(rows)
-    if native is not None:
+    if use_native(rows):
         codes, scales = native.quantize_per_token(rows.numpy(), None if gain is None else _array(gain), eps, norm)
         return torch.from_numpy(codes), torch.from_numpy(scales)
     y = _exact_rms_norm(rows, gain, eps) if norm else rows

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from thrifty import spec
+from thrifty import native, spec
 from thrifty.errors import ThriftyError
 from thrifty.ops.bit_linear import integer_matmul
+from thrifty.ops.dispatch import use_native
+from thrifty.spec.formats import TILE_ROWS
 
 #: The kernel layout held by packed modules.
 FORMAT = spec.I2
@@ -16,12 +18,12 @@ def pack_weight(codes: Tensor) -> Tensor:
 
     Raises ThriftyError where a code is none of these.
     """
-    return torch.from_numpy(spec.pack(FORMAT, codes.cpu().numpy())).flatten().to(codes.device)
+    return torch.from_numpy(native.pack(FORMAT.name, codes.cpu().numpy())).flatten().to(codes.device)
 
 
 def unpack_weight(packed: Tensor, rows: int, cols: int) -> Tensor:
     """Codes int8 [rows, cols] of bytes made by `pack_weight`, on any device."""
-    n, lanes = FORMAT.codes_per_byte, spec.formats.TILE_ROWS
+    n, lanes = FORMAT.codes_per_byte, TILE_ROWS
     padded_rows, padded_cols = FORMAT.padded(rows, cols)
     tiles = packed.view(padded_rows // lanes, padded_cols // (4 * n), lanes, 4)  # [tile, block, lane, j]
     digits = torch.stack([(tiles >> (2 * f)) & 3 for f in range(n)], dim=3)  # [tile, block, lane, f, j]
@@ -51,6 +53,12 @@ def ternary_matmul(
 def _ternary_matmul(
     x_codes: Tensor, x_scales: Tensor, packed: Tensor, rows: int, w_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
+    if use_native(x_codes):
+        b = None if bias is None else bias.float().numpy()
+        y = native.ternary_matmul(
+            FORMAT.name, packed.numpy(), rows, x_codes.numpy(), x_scales.numpy(), w_scale.item(), b
+        )
+        return torch.from_numpy(y)
     codes = unpack_weight(packed, rows, x_codes.shape[1])
     y = integer_matmul(x_codes, codes) * (x_scales * w_scale)[:, None]
     return y if bias is None else y + bias.float()
