@@ -71,4 +71,5 @@ class BitNetTransformer(nn.Module):
 
     def generate(self, tokens: Tensor, **options: Any) -> Tensor:
         """Token ids [B, T + new], continued as transformers' `generate` does, with its options."""
-        return self.to_causal_lm().generate(tokens, **options)  # pyright: ignore[reportReturnType]
+        decoder: Any = self.to_causal_lm()
+        return decoder.generate(tokens, **options)

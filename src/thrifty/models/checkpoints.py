@@ -1,5 +1,6 @@
 """Loading and saving models: latent folders, packed folders, and nothing half-written."""
 
+import copy
 import os
 import secrets
 import shutil
@@ -62,7 +63,7 @@ class CheckpointedModel(PreTrainedModel):
             _replace(model, StoredBitLinear, StoredBitLinear.to_packed)
         if unpack:
             model = _unpack(model)
-        return (model, info) if with_info else model
+        return (model, info) if with_info else model  # pyright: ignore[reportReturnType]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # pyright: ignore
         """Write config, tensors and generation defaults; a file is replaced only when its successor is complete.
@@ -82,7 +83,7 @@ class CheckpointedModel(PreTrainedModel):
         kwargs = dict(kwargs)
         config = kwargs.pop("config", None)
         if isinstance(config, PreTrainedConfig):
-            return type(config).from_dict(config.to_dict()), kwargs
+            return copy.deepcopy(config), kwargs
         config_class: Any = cls.config_class
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in config_class.__dataclass_fields__}
