@@ -1,5 +1,7 @@
 """The product of a packed layer: int8 activations by ternary (or +-1) weights in a kernel layout."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def ternary_matmul(
     bias: [rows] or None. Returns float32 [n, rows], the bits of `thrifty.spec.ternary_matmul`. No gradient.
     Raises ThriftyError where the bytes do not fit the shape.
     """
-    expected = FORMAT.nbytes(rows, x_codes.shape[-1])
+    expected = math.prod(FORMAT.packed_shape(rows, x_codes.shape[-1]))  # plain integers, for torch.compile
     if packed.numel() != expected:
         raise ThriftyError(
             f"[ternary_matmul] {rows} x {x_codes.shape[-1]} weights in '{FORMAT.name}' take {expected} bytes; "
