@@ -44,7 +44,7 @@ def spec_logits(tiny: TinyCheckpoint, tokens: list[int]) -> np.ndarray:
             y = (x if gain is None else spec.rms_norm(x, gain, eps)) @ f[f"{name}.weight"].T
             return y if bias is None else y + bias
         codes, scale = tiny.codes[name]
-        return spec.ternary_matmul(*spec.quantize_per_token(x, gain, eps, gain is not None), codes, scale, bias)
+        return spec.ternary_matmul(*spec.quantize_per_token(x, gain, eps, gain is not None), codes, float(scale), bias)
 
     x = f["model.embed_tokens.weight"][tokens]
     for layer in range(c["num_hidden_layers"]):

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from thrifty.errors import ThriftyError
 from thrifty.spec import ACTIVATIONS
 
-#: Rotary base where config.json names none, by model type (transformers' own defaults).
-_ROPE_THETA = {"bitnet": 500_000.0, "thrifty": 10_000.0}
+#: Rotary base where config.json names none, by model type.
+ROPE_THETA = {"bitnet": 500_000.0, "thrifty": 10_000.0}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class _Reader:
             hidden_act=self.one_of("hidden_act", tuple(ACTIVATIONS), "relu2"),
             max_position_embeddings=self.integer("max_position_embeddings", 2048),
             rms_norm_eps=self.positive("rms_norm_eps", 1e-5),
-            rope_theta=self.rope_theta(_ROPE_THETA[model_type]),
+            rope_theta=self.rope_theta(ROPE_THETA[model_type]),
             tie_word_embeddings=self.boolean("tie_word_embeddings", False),
             attention_bias=self.boolean("attention_bias", False),
             feed_forward=self.one_of("feed_forward", ("glu", "mlp"), "glu") if own else "glu",

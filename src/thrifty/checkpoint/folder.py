@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from thrifty.checkpoint.config import DecoderConfig, read_config, read_json
-from thrifty.checkpoint.names import TensorInfo, expected_tensors
+from thrifty.checkpoint.names import expected_tensors
 from thrifty.checkpoint.safetensors import FLOATS, Tensor, open_safetensors
 from thrifty.errors import ThriftyError
 from thrifty.spec import absmean, binary_codes, round_bf16, ternary_codes
@@ -79,7 +79,7 @@ def open_folder(path: str | Path) -> Folder:
     tensors = _open_tensors(path)
     if config.num_hidden_layers > len(tensors):
         raise _mismatch(path, f"num_hidden_layers is {config.num_hidden_layers} and there are {len(tensors)} tensors")
-    _check(path, tensors, expected_tensors(config))
+    check_tensors(path, tensors, config)
     return Folder(path, config, tensors)
 
 
@@ -109,7 +109,9 @@ def _open_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check(path: Path, tensors: dict[str, Tensor], expected: dict[str, TensorInfo]) -> None:
+def check_tensors(path: Path, tensors: dict[str, Tensor], config: DecoderConfig) -> None:
+    """Raises ThriftyError where `tensors`, read from `path`, are not those that the config calls for."""
+    expected = expected_tensors(config)
     for name, info in expected.items():
         tensor = tensors.get(name)
         if tensor is None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from thrifty.checkpoint import Folder
 from thrifty.errors import ThriftyError
 from thrifty.spec import penalize_repetition, sample
 
@@ -50,24 +51,34 @@ class Defaults:
     eos: frozenset[int]
 
     @classmethod
-    def read(cls, generation: dict[str, Any], config: dict[str, Any]) -> "Defaults":
-        """From the two files' contents; the first goes before the second. A model that does not sample is greedy."""
+    def read(cls, folder: Folder) -> "Defaults":
+        """From generation_config.json, then config.json, of a folder. A model that is not said to sample is greedy.
 
-        def given(name: str, default: Any) -> Any:
-            value = generation.get(name)
-            return default if value is None else value
+        Raises ThriftyError where a field is no such thing.
+        """
+        name = "generation_config.json"
+        fields = folder.json("config.json") | {k: v for k, v in folder.json(name).items() if v is not None}
+        try:
+            return cls._of(fields)
+        except (TypeError, ValueError) as error:
+            raise ThriftyError(
+                f"[checkpoint] {folder.path / name} must hold numbers that generation can use; {error}; correct it"
+            ) from error
 
-        eos = given("eos_token_id", config.get("eos_token_id"))
-        bos = given("bos_token_id", config.get("bos_token_id"))
-        sampling = Sampling(
-            temperature=float(given("temperature", 1.0)) if given("do_sample", False) else 0.0,
-            top_k=int(given("top_k", 0)),
-            top_p=float(given("top_p", 1.0)),
-            repetition_penalty=float(given("repetition_penalty", 1.0)),
-        )
+    @classmethod
+    def _of(cls, fields: dict[str, Any]) -> "Defaults":
+        bos, eos = fields.get("bos_token_id"), fields.get("eos_token_id")
+        ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if any(type(token) is not int for token in [*ends, 0 if bos is None else bos]):
+            raise TypeError(f"bos_token_id and eos_token_id are token ids; got {bos!r} and {eos!r}")
         return cls(
-            sampling=sampling,
-            max_new_tokens=int(given("max_new_tokens", MAX_NEW_TOKENS)),
-            bos=bos if isinstance(bos, int) else None,
-            eos=frozenset([eos] if isinstance(eos, int) else eos or []),
+            sampling=Sampling(
+                temperature=float(fields.get("temperature", 1.0)) if fields.get("do_sample") else 0.0,
+                top_k=int(fields.get("top_k", 0)),
+                top_p=float(fields.get("top_p", 1.0)),
+                repetition_penalty=float(fields.get("repetition_penalty", 1.0)),
+            ),
+            max_new_tokens=int(fields.get("max_new_tokens", MAX_NEW_TOKENS)),
+            bos=bos,
+            eos=frozenset(ends),
         )

@@ -6,6 +6,8 @@ from thrifty import native
 from thrifty.checkpoint import Tensor
 from thrifty.runtime.workspace import Buffer, Workspace
 
+#: Bytes of weights, times rows of x, below which waking a second thread costs more than it saves.
+PARALLEL_BYTES = 1 << 20
 #: Bytes by which a 16-bit head may grow to be kept as float32.
 WIDEN_LIMIT = 32 << 20
 #: Bytes of a head that are widened at a time otherwise.
@@ -40,8 +42,9 @@ class TernaryProjection:
         if not self._native:
             self._through_numpy(x.array, out.array)
             return
-        matrix, gain, bias, threads = self._matrix, self._gain, self._bias, self._n_threads
+        matrix, gain, bias = self._matrix, self._gain, self._bias
         T = x.array.shape[0]
+        threads = self._n_threads if T * self.nbytes >= PARALLEL_BYTES else 1
         native.quantize_into(
             x.address,
             gain and gain.address,

@@ -1,6 +1,6 @@
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +11,10 @@ from thrifty import native
 from thrifty.checkpoint import DecoderConfig, Folder, open_folder
 from thrifty.errors import ThriftyError
 from thrifty.runtime.cache import Cache
+from thrifty.runtime.chat_template import PLAIN_CHAT_STOPS, render_chat
 from thrifty.runtime.decoder import Decoder
 from thrifty.runtime.generation import Defaults, Sampling
-from thrifty.runtime.text import chat_renderer, pieces, read_tokenizer, until_stop
+from thrifty.runtime.text import pieces, read_tokenizer, until_stop
 from thrifty.spec import CHUNK
 from thrifty.spec.windows import scoring_windows
 
@@ -39,7 +40,7 @@ def load(
     if max_context is not None and not 1 <= max_context <= limit:
         raise ThriftyError(f"[load] max_context must be from 1 to the model's {limit} positions; got {max_context}")
     tokenizer = read_tokenizer(folder.path, config.vocab_size)
-    defaults = Defaults.read(folder.json("generation_config.json"), folder.json("config.json"))
+    defaults = Defaults.read(folder)
     if weight_format == "auto":
         weight_format = "i2"
     decoder = Decoder(folder, weight_format, n_threads or native.default_threads(), max_context or limit)
@@ -90,9 +91,12 @@ class Runtime:
 
         stop: strings that end the text and are left out. Other options are those of `stream_tokens`.
         """
-        tokenizer = self._tokenizer_or_error()
+        return self.text_of(self.stream_tokens(prompt, **options), stop)
+
+    def text_of(self, tokens: Iterable[int], stop: str | Sequence[str] = ()) -> Iterator[str]:
+        """Text of tokens in pieces, as they come: whole characters, up to the first of the strings `stop`."""
         stops = [stop] if isinstance(stop, str) else list(stop)
-        return until_stop(pieces(tokenizer, self.stream_tokens(prompt, **options)), [s for s in stops if s])
+        return until_stop(pieces(self._tokenizer_or_error(), tokens), [s for s in stops if s])
 
     def generate_tokens(self, prompt: str | Sequence[int], **options) -> list[int]:
         """The continuation of `prompt` as token ids. Options are those of `stream_tokens`."""
@@ -156,14 +160,17 @@ class Runtime:
         nats, _ = self._negative_log_likelihood(text, window, stride)
         return nats / math.log(2) / len(text.encode())
 
-    def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """Tokens that ask for the assistant's answer to `messages`, by the checkpoint's chat template.
+    def chat_prompt(self, messages: list[dict[str, str]]) -> tuple[list[int], list[str]]:
+        """Tokens that ask for the assistant's answer to `messages`, and the strings that end it.
 
-        messages: {"role": "system" | "user" | "assistant", "content": text} in order. Raises ThriftyError where the
-        template needs jinja2 and it is not installed.
+        messages: {"role": "system" | "user" | "assistant", "content": text} in order. The checkpoint's chat template
+        makes the prompt; without one it is plain "User: ..." blocks. Raises ThriftyError where the template needs
+        jinja2, which is not installed, or refuses the messages.
         """
-        render = chat_renderer(self._folder.json("tokenizer_config.json"), self._chat_template())
-        return self._tokenizer_or_error().encode(render(messages), add_special_tokens=False).ids
+        template = self._chat_template()
+        text = render_chat(messages, template, self._folder.json("tokenizer_config.json"))
+        stops = PLAIN_CHAT_STOPS if template is None else []
+        return self._tokenizer_or_error().encode(text, add_special_tokens=False).ids, stops
 
     def _chat_template(self) -> str | None:
         beside = self._folder.path / "chat_template.jinja"

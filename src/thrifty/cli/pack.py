@@ -1,0 +1,74 @@
+"""`thrifty pack`: the small copy of a trained model."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from thrifty.errors import ThriftyError
+
+EPILOG = """Examples:
+
+thrifty pack runs/notes
+
+thrifty pack runs/notes notes-packed --dtype float32
+"""
+
+DTYPES = ("bfloat16", "float32")
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Folder of a trained model.", show_default=False)],
+    output: Annotated[Path | None, typer.Argument(help="Folder to write.", show_default="MODEL-packed")] = None,
+    dtype: Annotated[str, typer.Option(help="Embedding, norms and head: bfloat16 or float32.")] = "bfloat16",
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder where it exists.")] = False,
+) -> None:
+    """Make the small copy of a trained model: two bits per weight.
+
+    The copy runs without torch (`thrifty generate`), and plain transformers loads it where the model is a BitNet.
+    """
+    output = output or model.with_name(f"{model.resolve().name}-packed")
+    pack_folder(model, output, dtype, overwrite=force)
+    before, after = (path.stat().st_size for path in _weights(model, output))
+    print(f"{output}: {after / 1e6:.2f} MB of tensors, {before / after:.1f} times smaller", file=sys.stderr)
+
+
+def pack_folder(model: Path, output: Path, dtype: str = "bfloat16", overwrite: bool = False) -> None:
+    """Write the packed form of a trained folder: codes and scales of the training forward, bit for bit.
+
+    Torch computes the scales, as it did in training: numpy adds in another order, and a mean that differs in its last
+    bit can move a code. dtype: of the dense tensors. Raises ThriftyError where the folder is no model, `output` exists
+    and may not be replaced, or the disk is full; `output` is written whole or not at all.
+    """
+    if dtype not in DTYPES:
+        raise ThriftyError(f"[pack] dtype must be one of {', '.join(DTYPES)}; got '{dtype}'")
+    from thrifty.checkpoint import atomic_folder, open_folder
+
+    # Refuses what is no such model before torch is imported.
+    if open_folder(model).config.linear == "dense":
+        raise ThriftyError(f"[pack] packing takes ternary or binary layers; those of {model} are dense; train others")
+    if output.exists() and output.resolve() == model.resolve():
+        raise ThriftyError(f"[pack] the packed copy needs a folder of its own; got {output}; choose another name")
+    import torch
+
+    from thrifty.models import ThriftyForCausalLM, save_packed
+
+    with atomic_folder(output, overwrite) as folder:
+        loaded = ThriftyForCausalLM.from_pretrained(model, dtype=torch.float32)
+        save_packed(loaded, folder, getattr(torch, dtype))
+        _copy_text_files(model, folder)
+
+
+def _copy_text_files(model: Path, folder: Path) -> None:
+    """What a folder needs beside weights to read and write text."""
+    import shutil
+
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    for name in (*names, "generation_config.json"):
+        if (model / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(model / name, folder / name)
+
+
+def _weights(*folders: Path) -> list[Path]:
+    return [folder / "model.safetensors" for folder in folders]

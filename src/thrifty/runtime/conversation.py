@@ -1,0 +1,40 @@
+"""A chat: messages, and a cache that keeps what the turns share."""
+
+from collections.abc import Generator, Iterator
+
+from thrifty.runtime.runtime import Runtime
+
+
+class Conversation:
+    """Messages with a model. What a turn's prompt shares with the turn before is not computed again."""
+
+    def __init__(self, runtime: Runtime, system: str | None = None, **options) -> None:
+        """system: a first message that sets the tone; options: those of `Runtime.stream`."""
+        self._runtime = runtime
+        self._system = system
+        self._options = options
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every message but the system's."""
+        self.messages: list[dict[str, str]] = []
+        if self._system:
+            self.messages.append({"role": "system", "content": self._system})
+        self._cache = self._runtime.new_cache()
+
+    def ask(self, text: str) -> Generator[str, None, None]:
+        """The model's answer to `text`, in pieces. The answer, or what there is of it when the iterator is closed, is
+        kept as a message. Raises ThriftyError, and keeps nothing, where the conversation exceeds the context."""
+        asked = [*self.messages, {"role": "user", "content": text}]
+        prompt, stops = self._runtime.chat_prompt(asked)
+        stream = self._runtime.stream(prompt, stop=stops, cache=self._cache, **self._options)
+        return self._answer(asked, stream)
+
+    def _answer(self, asked: list[dict[str, str]], stream: Iterator[str]) -> Generator[str, None, None]:
+        answer = ""
+        try:
+            for piece in stream:
+                answer += piece
+                yield piece
+        finally:
+            self.messages = [*asked, {"role": "assistant", "content": answer.strip()}]

@@ -1,0 +1,58 @@
+import io
+
+import pytest
+from tiny_checkpoints import write_checkpoint
+
+from thrifty.cli import main
+from thrifty.runtime import Conversation, load
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", tie_word_embeddings=False).path
+
+
+def chat(monkeypatch, capsys, arguments: list[str], lines: str) -> tuple[str, str]:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert main(["chat", *arguments]) == 0
+    return capsys.readouterr()
+
+
+def test_answers_are_the_conversations(path, monkeypatch, capsys):
+    conversation = Conversation(load(path), "S", max_new_tokens=9)
+    expected = ["".join(conversation.ask(text)) for text in ("hi", "again")]
+    out, err = chat(monkeypatch, capsys, [str(path), "--system", "S", "-n", "9"], "hi\nagain\n")
+    assert all(answer in out for answer in expected)
+    assert "/reset" in err
+
+
+def test_commands(path, monkeypatch, capsys):
+    conversation = Conversation(load(path), max_new_tokens=9)
+    answer = "".join(conversation.ask("hi"))
+    out, err = chat(monkeypatch, capsys, [str(path), "-n", "9"], "hi\n/reset\nhi\n\n/what\n/quit\nnever read\n")
+    assert out.count(answer) == 2
+    assert "forgotten" in err
+    assert err.count("/reset forgets") == 2
+
+
+def test_a_conversation_that_fills_the_context_goes_on(path, monkeypatch, capsys):
+    lines = "x" * 200 + "\nhi\n"
+    out, err = chat(monkeypatch, capsys, [str(path), "--context", "100", "-n", "4"], lines)
+    assert "shorten it" in err
+    assert out.strip() != ""
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(path, monkeypatch, capsys):
+    ask = Conversation.ask
+    asked = []
+
+    def interrupted(self, text):
+        asked.append(text)
+        for i, piece in enumerate(ask(self, text)):
+            if len(asked) == 1 and i == 2:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(Conversation, "ask", interrupted)
+    chat(monkeypatch, capsys, [str(path), "-n", "30"], "hi\nagain\n")
+    assert asked == ["hi", "again"]

@@ -1,0 +1,62 @@
+import io
+
+import pytest
+from tiny_checkpoints import write_checkpoint
+
+from thrifty.cli import main
+from thrifty.runtime import load
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", tie_word_embeddings=False).path
+
+
+def test_prints_what_the_runtime_makes(path, capsys):
+    assert main(["generate", str(path), "hello", "-n", "12"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == load(path).generate("hello", max_new_tokens=12) + "\n"
+    assert "tokens/s" in printed.err
+
+
+def test_options_reach_the_runtime(path, capsys):
+    options = ["--temperature", "1.5", "--top-k", "30", "--top-p", "0.9", "--repetition-penalty", "1.2", "--seed", "4"]
+    command = ["generate", str(path), "ab", "--max-new-tokens", "20", "--echo", "--threads", "1", "--context", "64"]
+    assert main([*command, *options, "--weight-format", "base3"]) == 0
+    sampled = {"temperature": 1.5, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 4}
+    text = load(path).generate("ab", max_new_tokens=20, **sampled)
+    assert capsys.readouterr().out == f"ab{text}\n"
+    assert main([*command, *options, "--stop", text[3:5]]) == 0
+    assert capsys.readouterr().out == f"ab{text[: text.index(text[3:5])]}\n"
+
+
+def test_prompt_from_standard_input(path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    assert main(["generate", str(path), "-", "-n", "5"]) == 0
+    assert capsys.readouterr().out == load(path).generate("hello", max_new_tokens=5) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{path}", "x", "--top-p", "2"], "top_p must be above 0"),
+        (["{path}", "x", "--weight-format", "fp4"], "weight_format must be one of auto, i2, base3"),
+        (["{path}", "x", "--context", "9999"], "max_context"),
+        (["{path}/nowhere", "x"], "does not exist"),
+        (["{path}", "a long prompt", "--context", "5"], "shorten it"),
+    ],
+)
+def test_errors_are_one_sentence(path, capsys, arguments, message):
+    assert main(["generate", *(a.format(path=path) for a in arguments)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+
+
+def test_a_truncated_file_is_named(path, tmp_path, capsys):
+    broken = write_checkpoint(tmp_path / "model").path / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-10])
+    assert main(["generate", str(broken.parent), "x"]) == 2
+    assert "model.safetensors" in capsys.readouterr().err

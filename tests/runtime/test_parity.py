@@ -1,0 +1,84 @@
+"""The runtime against torch on random models: teacher-forced logits, and free-running greedy tokens.
+
+Both feed the same integers to the same products, but compute softmax and activations each in its own way. Where that
+moves a value across a rounding boundary, one code differs by one, and a small random model's logits, from there on, by
+up to a hundredth of their range. A trained model's margins are wider: the demo checks the rule of 1e-3 on it.
+"""
+
+import numpy as np
+import pytest
+
+from thrifty.runtime import Runtime, load
+
+torch = pytest.importorskip("torch", exc_type=ImportError)
+pytest.importorskip("transformers", exc_type=ImportError)
+
+VARIANTS = {
+    "bitnet": {},
+    "untied-relu2": {"tie_word_embeddings": False, "hidden_act": "relu2"},
+    "pre-mlp": {"norm_placement": "pre", "feed_forward": "mlp", "hidden_act": "gelu"},
+    "binary-bias": {"linear": "binary", "attention_bias": True},
+    "dense": {"linear": "dense"},
+    "ugly": {"head_dim": 18, "intermediate_size": 250, "num_attention_heads": 3, "num_key_value_heads": 1},
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def models(request, tmp_path_factory) -> tuple:
+    """A random model in torch (latent, on the training path) and its packed folder in the runtime."""
+    from thrifty.models import ThriftyConfig, ThriftyForCausalLM, round_dense_parameters, save_packed
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 500, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 300}
+    model = ThriftyForCausalLM(ThriftyConfig(**(sizes | VARIANTS[request.param]))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    round_dense_parameters(model)
+    folder = tmp_path_factory.mktemp("packed") / "model"
+    save_packed(model, folder)
+    return model, load(folder)
+
+
+def torch_logits(model, tokens: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].float().numpy()
+
+
+def check_parity(model, runtime: Runtime, tokens: list[int]) -> None:
+    """The best token is the same wherever torch's margin between its two best exceeds 1e-3 of its logit range, or, in
+    rows with a moved code, 2e-2 of it."""
+    theirs, ours = torch_logits(model, tokens), runtime.logits(tokens)
+    span = np.ptp(theirs)
+    moved = np.abs(ours - theirs).max(-1) > 1e-5 * span
+    best = np.sort(theirs, -1)
+    clear = best[:, -1] - best[:, -2] > np.where(moved, 2e-2, 1e-3) * span
+    assert not moved.all()
+    assert np.abs(ours - theirs).max() < 5e-2 * span
+    assert clear.mean() > 0.3
+    np.testing.assert_array_equal(ours.argmax(-1)[clear], theirs.argmax(-1)[clear])
+
+
+def test_teacher_forced_over_200_positions(models):
+    tokens = np.random.default_rng(0).integers(0, 500, 200).tolist()
+    model, runtime = models
+    check_parity(model, runtime, tokens)
+
+
+def test_greedy_tokens_agree_while_torch_is_sure(models):
+    model, runtime = models
+    prompt = [3, 1, 4, 1, 5]
+    made = runtime.generate_tokens(prompt, max_new_tokens=60, ignore_eos=True)
+    logits = torch_logits(model, prompt + made)[len(prompt) - 1 : -1]
+    best = np.sort(logits, -1)
+    clear = best[:, -1] - best[:, -2] > 2e-2 * np.ptp(logits)
+    np.testing.assert_array_equal(logits.argmax(-1)[clear], np.array(made)[clear])
+
+
+def test_a_latent_folder_runs_like_its_packed_copy(models, tmp_path):
+    model, runtime = models
+    model.save_pretrained(tmp_path / "latent")
+    tokens = list(range(100))
+    np.testing.assert_array_equal(load(tmp_path / "latent").logits(tokens), runtime.logits(tokens))

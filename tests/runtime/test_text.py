@@ -1,0 +1,127 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_checkpoints import byte_tokenizer, write_checkpoint
+
+from thrifty import ThriftyError
+from thrifty.runtime import load
+from thrifty.runtime.inference import byte_tokenizer as seed_tokenizer
+from thrifty.runtime.text import pieces, read_tokenizer, until_stop
+
+TOKENIZER = byte_tokenizer()
+
+
+@given(st.text())
+def test_pieces_are_whole_characters_and_lose_nothing(text):
+    given = list(pieces(TOKENIZER, TOKENIZER.encode(text).ids))
+    assert "".join(given) == text
+    assert all(piece and "\ufffd" not in piece for piece in given) or "\ufffd" in text
+
+
+@given(st.lists(st.integers(0, 256)))
+def test_pieces_of_any_tokens_are_what_decoding_gives(tokens):
+    assert "".join(pieces(TOKENIZER, tokens)) == TOKENIZER.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_cut_character_is_given_at_the_end():
+    tokens = TOKENIZER.encode("aé").ids
+    assert list(pieces(TOKENIZER, tokens[:-1])) == ["a", "\ufffd"]
+
+
+@given(st.lists(st.text("ab.", max_size=4)), st.lists(st.text("ab.", min_size=1, max_size=3), max_size=3))
+def test_until_stop_cuts_the_joined_text(parts, stops):
+    text = "".join(parts)
+    ends = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+    given = list(until_stop(parts, stops))
+    assert "".join(given) == text[: min(ends, default=len(text))]
+    assert all(given)
+
+
+def test_text_is_not_held_back_longer_than_needed():
+    seen = until_stop(iter(["one", " E", "x", "END", "more"]), ["END"])
+    assert next(seen) == "one"
+    assert next(seen) == " "
+    assert "".join(seen) == "Ex"
+
+
+@pytest.mark.parametrize("text", ["plain", "æøå €", "\x00\x7f", "日本"])
+def test_the_seeds_tokens_are_bytes(text):
+    tokenizer = seed_tokenizer()
+    assert tokenizer.encode(text).ids == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tmp_path):
+    path = write_checkpoint(tmp_path / "model", vocab_size=256).path
+    with pytest.raises(ThriftyError, match=r"vocabulary of 256; .*tokenizer\.json has id 256"):
+        load(path)
+
+
+def test_a_malformed_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ThriftyError, match=r"tokenizer\.json cannot be read"):
+        read_tokenizer(tmp_path, 300)
+
+
+def test_without_a_tokenizer_ids_still_work(tmp_path):
+    runtime = load(write_checkpoint(tmp_path / "model", tokenizer=False).path)
+    assert len(runtime.generate_tokens([1, 2], max_new_tokens=3, ignore_eos=True)) == 3
+    with pytest.raises(ThriftyError, match=r"has no tokenizer\.json"):
+        runtime.generate("text")
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<assistant>"
+
+
+def test_chat_prompt_by_template_and_plain(tmp_path):
+    path = write_checkpoint(tmp_path / "model").path
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "hi"}]
+    tokens, stops = load(path).chat_prompt(messages)
+    assert load(path).decode(tokens) == "System: S\n\nUser: hi\n\nAssistant:"
+    assert "\nUser:" in stops
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": TEMPLATE, "eos_token": {"content": "<|end|>", "special": True}})
+    )
+    tokens, stops = load(path).chat_prompt(messages)
+    assert tokens.count(256) == 2
+    assert stops == []
+    assert load(path).decode(tokens) == "<system>S<user>hi<assistant>"
+
+
+def test_a_template_file_goes_first_and_may_refuse(tmp_path):
+    path = write_checkpoint(tmp_path / "model").path
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    (path / "chat_template.jinja").write_text("{{ raise_exception('no system messages') }}")
+    with pytest.raises(ThriftyError, match="no system messages"):
+        load(path).chat_prompt([{"role": "user", "content": "hi"}])
+
+
+def test_a_template_without_jinja_says_what_to_install(tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path / "model").path
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
+    with pytest.raises(ThriftyError, match=r"pip install 'thrifty\[chat\]'"):
+        load(path).chat_prompt([{"role": "user", "content": "hi"}])
+
+
+def test_a_template_renders_as_transformers_does(tmp_path):
+    transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    template = (
+        "{% for m in messages %}\n  {% if m.role == 'user' %}\n[{{ m.content | trim }}]{% else %}({{ m.content }})"
+        "{% endif %}\n{% if loop.last %}{% break %}{% endif %}\n{% endfor %}\n"
+        "{% if add_generation_prompt %}>{{ bos_token }}{% endif %}"
+    )
+    path = write_checkpoint(tmp_path / "model").path
+    tokenizer_config = {
+        "chat_template": template,
+        "bos_token": "<|end|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    messages = [{"role": r, "content": c} for r, c in [("user", " a "), ("assistant", "b"), ("user", "c")]]
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    runtime = load(path)
+    assert runtime.chat_prompt(messages)[0] == runtime.encode(expected)
