@@ -1,6 +1,6 @@
 """Tokens as training blocks: contiguous, packed, and drawn in an order fixed by the seed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ class PackedBlocks(Dataset):
 
     def __len__(self) -> int:
         return len(self.drawn)
+
+    def __iter__(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        return (self[i] for i in range(len(self)))
 
     def __getitem__(self, i: int) -> Mapping[str, torch.Tensor]:
         start = self.first[i]

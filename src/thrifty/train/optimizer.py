@@ -32,8 +32,7 @@ class MuonWithAdam(torch.optim.Optimizer):
 
     Muon (Jordan et al., 2024; https://kellerjordan.github.io/posts/muon): m ← μ m + (1 - μ) g, u = (1 - μ) g + μ m
     after it, and w ← w (1 - lr λ) - lr √max(rows, columns) · O(u), where O maps the singular values of u to about one.
-    μ rises from 0.85 over the first hundred steps. The root makes an entry of the step about `lr` in size, whatever
-    the shape, as Adam's is.
+    The root makes an entry of the step about `lr` in size, whatever the shape, as Adam's is.
     """
 
     def __init__(self, params: Iterable[Any], weight_decay: float, momentum: float, betas: tuple[float, float]):
@@ -49,42 +48,42 @@ class MuonWithAdam(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["steps"] += 1
-            given = [p for p in group["params"] if p.grad is not None]
-            if given and group["weight_decay"]:
-                torch._foreach_mul_(given, 1 - group["lr"] * group["weight_decay"])
-            if given:
-                (self._muon if group["muon"] else self._adam)(group, given)
+            given = [(p, p.grad) for p in group["params"] if p.grad is not None]
+            if group["weight_decay"]:
+                for p, _ in given:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+            (self._muon if group["muon"] else self._adam)(group, given)
         return loss
 
-    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        momentum = min(group["momentum"], 0.85 + 0.001 * group["steps"])
-        alike: dict[tuple[int, ...], list[Tensor]] = {}
-        for p in parameters:
-            alike.setdefault((min(p.shape), max(p.shape)), []).append(p)
+    def _muon(self, group: dict[str, Any], given: list[tuple[Tensor, Tensor]]) -> None:
+        momentum = group["momentum"]
+        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for p, gradient in given:
+            alike.setdefault((min(p.shape), max(p.shape)), []).append((p, gradient))
         # Matrices of one shape are orthogonalised together: a few large products beat many small ones.
         for (_, longer), members in alike.items():
             updates = []
-            for p in members:
+            for p, gradient in members:
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
-                buffer = state["momentum"].lerp_(p.grad, 1 - momentum)
-                update = torch.lerp(p.grad, buffer, momentum)
+                buffer = state["momentum"].lerp_(gradient, 1 - momentum)
+                update = torch.lerp(gradient, buffer, momentum)
                 updates.append(update if p.shape[0] <= p.shape[1] else update.T)
             directions = orthogonalize(torch.stack(updates)).float()
-            for p, direction in zip(members, directions, strict=True):
+            for (p, _), direction in zip(members, directions, strict=True):
                 turned = direction if p.shape[0] <= p.shape[1] else direction.T
                 p.add_(turned, alpha=-group["lr"] * math.sqrt(longer))
 
-    def _adam(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _adam(self, group: dict[str, Any], given: list[tuple[Tensor, Tensor]]) -> None:
         beta1, beta2 = group["betas"]
         correction1, correction2 = 1 - beta1 ** group["steps"], 1 - beta2 ** group["steps"]
-        for p in parameters:
+        for p, gradient in given:
             state = self.state[p]
             if not state:
                 state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
-            mean = state["mean"].lerp_(p.grad, 1 - beta1)
-            square = state["square"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+            mean = state["mean"].lerp_(gradient, 1 - beta1)
+            square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             root = (square / correction2).sqrt_().add_(group["eps"])
             p.addcdiv_(mean, root, value=-group["lr"] / correction1)
 

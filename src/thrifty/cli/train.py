@@ -1,0 +1,157 @@
+"""`thrifty train`: text in, a trained model out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from thrifty.errors import ThriftyError
+
+if TYPE_CHECKING:
+    from thrifty.train.corpus import Corpus
+    from thrifty.train.presets import Preset
+
+EPILOG = """Examples:
+
+thrifty train                                   (the built-in text, the demo's model)
+
+thrifty train notes.txt --preset tiny --output runs/notes
+
+thrifty train my-folder/ --steps 2000 --set hidden_size=512
+
+thrifty train --dataset roneneldan/TinyStories --max-minutes 60
+
+Repeat a command that was interrupted, and it goes on from its newest checkpoint. What comes next:
+thrifty pack runs/notes runs/notes-packed
+"""
+
+
+def main(
+    text: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A text file, or a folder of text files. Left out: Python's help topics and standard library."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the model and all about the run.", show_default="runs/NAME"),
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Size and recipe: tiny, demo or small.")] = "demo",
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Instead of TEXT: a data set of Hugging Face, or a local folder of JSONL or Parquet."),
+    ] = None,
+    dataset_config: Annotated[str | None, typer.Option(help="The data set's configuration.")] = None,
+    column: Annotated[str | None, typer.Option(help="The data set's column of text.", show_default="text")] = None,
+    heldout: Annotated[float, typer.Option(help="Share of the text, at its end, held out to judge by.")] = 0.05,
+    tokenizer: Annotated[
+        str, typer.Option(help="bpe: byte pairs, as many as --vocab-size says; bytes: plain bytes.")
+    ] = "bpe",
+    vocab_size: Annotated[int | None, typer.Option(help="Pieces of the tokenizer.", show_default="preset")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="preset")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences in a step.", show_default="preset")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sequence.", show_default="preset")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Largest learning rate of the matrices.", show_default="preset")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides every random choice.", show_default="preset")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of the preset; may be repeated."),
+    ] = None,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(help="Time a few steps first, and make only as many as fit.", show_default="no limit"),
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--fresh",
+            help="Insist on going on from a checkpoint, or start anew.",
+            show_default="go on where there is a checkpoint",
+        ),
+    ] = None,
+) -> None:
+    """Train a ternary language model on text.
+
+    The folder gets the model with its latent weights, the tokenizer, checkpoints to resume from, TensorBoard logs
+    (tensorboard --logdir runs), the loss curve as a picture, and a record of everything that decided the result.
+    """
+    from thrifty.train.process import prepare_process
+
+    prepare_process()
+    from thrifty.train.presets import preset as find_preset
+
+    chosen = find_preset(preset).override(
+        vocab_size=_vocab_size(tokenizer, vocab_size),
+        steps=steps,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    chosen = chosen.override(**_fields(chosen, set_ or []))
+    corpus, name = _corpus(text, dataset, dataset_config, column, heldout)
+    folder = output or Path("runs") / name
+    from rich.console import Console
+
+    from thrifty.train.trainer import train
+
+    console = Console(stderr=True, soft_wrap=True)
+    result = train(corpus, chosen, folder, resume=resume, max_minutes=max_minutes, console=console)
+    score = result.record["bits_per_byte"]
+    if score is not None:
+        console.print(f"[bold]done[/]    held-out text: {score:.3f} bits per byte")
+    console.print(f"[bold]curve[/]   {folder / 'loss.png'}")
+    console.print(f"[bold]next[/]    thrifty pack {folder} {folder}-packed")
+    typer.echo(folder)
+
+
+def _corpus(
+    text: Path | None, dataset: str | None, config: str | None, column: str | None, heldout: float
+) -> "tuple[Corpus, str]":
+    """The text to train on, and a name for its run."""
+    from thrifty.train.corpus import builtin_corpus, dataset_corpus, text_corpus
+
+    if not 0 <= heldout < 1:
+        raise ThriftyError(f"[train] the held-out share must be at least 0 and below 1; got {heldout}")
+    if text is not None and dataset is not None:
+        raise ThriftyError(
+            f"[train] the text must come from one place; got {text} and --dataset {dataset}; leave one out"
+        )
+    if dataset is not None:
+        return dataset_corpus(dataset, config, column, heldout), Path(dataset).name
+    if text is not None:
+        return text_corpus(text, heldout), text.resolve().stem
+    return builtin_corpus(), "builtin"
+
+
+def _vocab_size(tokenizer: str, vocab_size: int | None) -> int | None:
+    from thrifty.train.tokenizer import SMALLEST
+
+    if tokenizer not in ("bpe", "bytes"):
+        raise ThriftyError(f"[train] --tokenizer must be bpe or bytes; got {tokenizer}")
+    if tokenizer == "bytes":
+        if vocab_size not in (None, SMALLEST):
+            raise ThriftyError(
+                f"[train] plain bytes have {SMALLEST} pieces; got --vocab-size {vocab_size}; leave it out"
+            )
+        return SMALLEST
+    return vocab_size
+
+
+def _fields(preset: "Preset", assignments: list[str]) -> dict[str, Any]:
+    """The fields that `--set` names, each read as the number it replaces."""
+    fields: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ThriftyError(f"[train] --set takes FIELD=VALUE; got {assignment}")
+        old = getattr(preset.shape, name, getattr(preset.recipe, name, None))
+        try:
+            fields[name] = value if old is None else type(old)(value)
+        except ValueError as problem:
+            kind = "a whole number" if isinstance(old, int) else "a number"
+            raise ThriftyError(f"[train] {name} must be {kind}; got {value}") from problem
+    return fields

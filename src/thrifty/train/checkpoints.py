@@ -1,0 +1,92 @@
+"""Finding the newest whole checkpoint of a run, and refusing one that belongs to another run."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from thrifty.checkpoint import atomic_file
+from thrifty.errors import ThriftyError
+
+CHECKPOINTS = "checkpoints"
+RECORD = "training.json"
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The newest whole checkpoint below `output`, or None.
+
+    The trainer writes `trainer_state.json` last, so that a folder without a readable one was cut off while saving;
+    it is passed over for the one before.
+    """
+    folders = (output / CHECKPOINTS).glob("checkpoint-*")
+    numbered = sorted((int(f.name.rpartition("-")[2]), f) for f in folders if f.name.rpartition("-")[2].isdigit())
+    for _, folder in reversed(numbered):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return folder
+    return None
+
+
+def start_run(output: Path, settings: dict[str, Any], resume: bool | None) -> Path | None:
+    """Prepare the folder of a run; return the checkpoint to go on from, or None to start at the beginning.
+
+    resume: True insists on a checkpoint, None goes on from one that is there, False throws away what the folder holds
+    of an earlier run. To go on, the settings must be those of the run.
+    """
+    record = output / RECORD
+    if resume is False:
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(output / "logs", ignore_errors=True)
+        record.unlink(missing_ok=True)
+    checkpoint = newest_checkpoint(output)
+    if checkpoint is not None:
+        _same_run(record, settings)
+        return checkpoint
+    if resume:
+        way_out = "leave --resume out to start one"
+        raise ThriftyError(f"[train] there must be a checkpoint to resume; {output / CHECKPOINTS} has none; {way_out}")
+    if (output / "config.json").exists() and not record.exists() and resume is None:
+        rule = f"[train] the output folder must be empty or hold a run of thrifty; {output} holds another model"
+        raise ThriftyError(f"{rule}; choose another --output, or overwrite it by --fresh")
+    output.mkdir(parents=True, exist_ok=True)
+    # Without a checkpoint the tokenizer may be of another text.
+    (output / "tokenizer.json").unlink(missing_ok=True)
+    return None
+
+
+def read_record(output: Path) -> dict[str, Any]:
+    """What `training.json` says of a run; empty where there is none."""
+    try:
+        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def write_record(output: Path, record: dict[str, Any]) -> None:
+    """Write `training.json`, whole or not at all."""
+    with atomic_file(output / RECORD, "w") as file:
+        file.write(json.dumps(record, indent=2) + "\n")
+
+
+def _same_run(record: Path, settings: dict[str, Any]) -> None:
+    way_out = "train anew by --fresh, or choose another --output"
+    before = read_record(record.parent).get("settings")
+    if not isinstance(before, dict):
+        raise ThriftyError(f"[train] {record} must say what its checkpoints are, and does not; {way_out}")
+    # JSON has no tuples: compare what a reader of the file would see.
+    old, new = _flat(before), _flat(json.loads(json.dumps(settings)))
+    changed = [
+        f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise ThriftyError(f"[train] {record.parent} holds a run with other settings: {changed[0]}; {way_out}")
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,320 @@
+"""Training on the Hugging Face Trainer: text and a preset in, a folder with a trained model out."""
+
+import math
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from tokenizers import Tokenizer
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+import thrifty
+from thrifty.errors import ThriftyError
+from thrifty.models import BitNetConfig, BitNetForCausalLM, round_dense_parameters
+from thrifty.train.blocks import PackedBlocks
+from thrifty.train.checkpoints import CHECKPOINTS, read_record, start_run, write_record
+from thrifty.train.corpus import Corpus
+from thrifty.train.curve import plot
+from thrifty.train.evaluate import bits_per_byte
+from thrifty.train.initial import initialize
+from thrifty.train.optimizer import build_optimizer, learning_rate_factor
+from thrifty.train.presets import Preset, Recipe
+from thrifty.train.progress import ProgressBar
+from thrifty.train.tokenizer import END, save_tokenizer, train_tokenizer
+
+#: Held-out sequences looked at while training; the whole held-out text is scored at the end.
+GLANCE = 16
+#: Documents that the tokenizer gets at once.
+ENCODED_TOGETHER = 32
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run leaves behind."""
+
+    model: BitNetForCausalLM
+    tokenizer: Tokenizer
+    #: The trainer's log: dicts with `step` and `loss` or `eval_loss`.
+    history: list[dict[str, float]]
+    #: What `training.json` holds.
+    record: dict[str, Any]
+
+
+class CausalTrainer(Trainer):
+    """The Trainer with this package's optimizer and schedule, and a sentence when a checkpoint cannot be written."""
+
+    def __init__(self, *, model: PreTrainedModel, recipe: Recipe, **kwargs: Any):
+        self.latent, self.recipe = model, recipe
+        super().__init__(model=model, **kwargs)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(model or self.latent, self.recipe)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None:
+            recipe, steps = self.recipe, num_training_steps
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: learning_rate_factor(step, steps, recipe)
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as problem:
+            # What was cut off must not be taken for a checkpoint.
+            shutil.rmtree(folder, ignore_errors=True)
+            way_out = "free some space and repeat the command to go on from the checkpoint before"
+            raise ThriftyError(f"[train] {folder} could not be written: {problem}; {way_out}") from problem
+
+
+def train(
+    corpus: Corpus,
+    preset: Preset,
+    output: Path,
+    *,
+    resume: bool | None = None,
+    max_minutes: float | None = None,
+    console: Console | None = None,
+) -> TrainingResult:
+    """Train the preset's model on the corpus and leave it in `output`.
+
+    `output` gets the model with its latent weights, the tokenizer, `training.json` (settings, text, versions, bits per
+    byte), `loss.png`, TensorBoard's `logs/` and resumable `checkpoints/`. A folder that already holds checkpoints of
+    the same run is resumed, to the weights that an uninterrupted run gives; `resume` True insists on it, False starts
+    anew. `max_minutes` lowers the number of steps, before the first one, to what fits, by timing a few.
+
+    Dense parameters are rounded to bf16 at the end, so that packing loses nothing.
+
+    Errors: an empty or too short text, a folder that holds another run, a damaged checkpoint, a full disk.
+    """
+    console = console or Console(stderr=True)
+    settings = {"preset": asdict(preset), "corpus": corpus.record(), "max_minutes": max_minutes}
+    checkpoint = start_run(output, settings, resume)
+    started = time.perf_counter()
+    tokenizer = _tokenizer(corpus, preset, output)
+    set_seed(preset.recipe.seed)
+    model = BitNetForCausalLM(_config(preset, tokenizer))
+    initialize(model, preset.recipe)
+    recipe = _in_time(model, preset.recipe, max_minutes, read_record(output) if checkpoint else {})
+    _greet(console, corpus, preset, recipe, model, output, checkpoint)
+    blocks, glance, scale = _blocks(corpus, recipe, tokenizer)
+    write_record(output, {"settings": settings, "finished": False, "steps": recipe.steps})
+    trainer = CausalTrainer(
+        recipe=recipe,
+        model=model,
+        args=_arguments(recipe, output, glance is not None),
+        train_dataset=blocks,
+        eval_dataset=glance,
+        callbacks=[ProgressBar(console, scale), TensorBoardCallback(SummaryWriter(str(output / "logs")))],
+    )
+    trainer.remove_callback(PrinterCallback)
+    with _quiet():
+        _run(trainer, checkpoint)
+        seconds = time.perf_counter() - started
+        round_dense_parameters(model)
+        model.save_pretrained(output)
+    history = trainer.state.log_history
+    plot(history, output / "loss.png")
+    record = {
+        "settings": settings,
+        "finished": True,
+        "steps": recipe.steps,
+        "seconds": round(seconds, 1),
+        "parameters": model.num_parameters(),
+        "bits_per_byte": bits_per_byte(model, tokenizer, corpus.heldout) if corpus.heldout else None,
+        "precision": "bfloat16" if trainer.args.bf16 else "float32",
+        "versions": versions(),
+    }
+    write_record(output, record)
+    return TrainingResult(model, tokenizer, history, record)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decided the result."""
+    return {
+        "thrifty": thrifty.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _tokenizer(corpus: Corpus, preset: Preset, output: Path) -> Tokenizer:
+    file = output / "tokenizer.json"
+    if file.exists():
+        return Tokenizer.from_file(str(file))
+    texts = (text for part in corpus.parts for _ in range(part.vocabulary_weight) for text in part.documents)
+    tokenizer = train_tokenizer(texts, preset.shape.vocab_size)
+    save_tokenizer(tokenizer, output, preset.shape.max_position_embeddings)
+    return tokenizer
+
+
+def _blocks(corpus: Corpus, recipe: Recipe, tokenizer: Tokenizer) -> tuple[PackedBlocks, PackedBlocks | None, float]:
+    """Training blocks, held-out blocks, and the factor from nats per held-out token to bits per byte."""
+    mixture = corpus.mixture or ((0.0, {part.name: float(part.size) for part in corpus.parts}),)
+    length, count = recipe.sequence_length, recipe.steps * recipe.batch_size
+    streams = {}
+    for part in corpus.parts:
+        share = max(shares.get(part.name, 0.0) / sum(shares.values()) for _, shares in mixture)
+        order = np.random.default_rng(recipe.seed).permutation(len(part.documents))
+        streams[part.name] = encode(tokenizer, [part.documents[i] for i in order], most=int(share * count * length))
+    blocks = PackedBlocks(streams, mixture, length, count, recipe.seed)
+    heldout = encode(tokenizer, [corpus.heldout])
+    pieces = min(GLANCE, len(heldout) // length)
+    glance = PackedBlocks({"heldout": heldout}, ((0.0, {"heldout": 1.0}),), length, pieces, 0) if pieces else None
+    scale = len(heldout) / (max(len(corpus.heldout.encode()), 1) * math.log(2))
+    return blocks, glance, scale
+
+
+def encode(tokenizer: Tokenizer, documents: Sequence[str], most: int | None = None) -> np.ndarray:
+    """The documents' tokens in one stream, int32, an end token before each document.
+
+    Documents after the one that reaches `most` tokens are left out: a run that reads no more need not wait for them.
+    """
+    end = np.array([tokenizer.token_to_id(END)], np.int32)
+    stream = [np.empty(0, np.int32)]
+    size = 0
+    for first in range(0, len(documents), ENCODED_TOGETHER):
+        if most is not None and size >= most:
+            break
+        for encoding in tokenizer.encode_batch(documents[first : first + ENCODED_TOGETHER], add_special_tokens=False):
+            stream += [end, np.array(encoding.ids, np.int32)]
+            size += 1 + len(encoding.ids)
+    return np.concatenate(stream)
+
+
+def _config(preset: Preset, tokenizer: Tokenizer) -> BitNetConfig:
+    end = tokenizer.token_to_id(END)
+    shape: dict[str, Any] = asdict(preset.shape) | {"vocab_size": tokenizer.get_vocab_size()}
+    rope = {"rope_type": "default", "rope_theta": shape.pop("rope_theta")}
+    return BitNetConfig(
+        **shape,
+        rope_parameters=rope,
+        hidden_act="silu",
+        tie_word_embeddings=True,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+
+
+def _arguments(recipe: Recipe, output: Path, evaluate: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(output / CHECKPOINTS),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        max_grad_norm=recipe.clip,
+        logging_steps=max(recipe.steps // 200, 1),
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=recipe.eval_every,
+        save_steps=recipe.save_every,
+        save_total_limit=2,
+        prediction_loss_only=True,
+        train_sampling_strategy="sequential",
+        seed=recipe.seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=has_fast_bf16(),
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+    )
+
+
+def has_fast_bf16() -> bool:
+    """Whether products in bfloat16 are faster here than in float32: codes are exact in both."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _in_time(model: PreTrainedModel, recipe: Recipe, max_minutes: float | None, before: dict[str, Any]) -> Recipe:
+    """The recipe with as many of its steps as `max_minutes` allow; a resumed run keeps the number it had."""
+    if max_minutes is None:
+        return recipe
+    if max_minutes <= 0:
+        raise ThriftyError(f"[train] the minutes must be more than 0; got {max_minutes}")
+    fitting = before.get("steps") or int(max_minutes * 60 / seconds_per_step(model, recipe))
+    return replace(recipe, steps=max(1, min(recipe.steps, fitting)))
+
+
+def seconds_per_step(model: PreTrainedModel, recipe: Recipe, count: int = 3) -> float:
+    """Time of a training step on a copy of the model: the slowest of `count` after one to warm up, and a tenth more."""
+    copy = deepcopy(model)
+    optimizer = build_optimizer(copy, recipe)
+    size = (recipe.batch_size, recipe.sequence_length)
+    tokens = torch.randint(model.config.vocab_size, size, device=model.device)
+    times = []
+    for _ in range(count + 1):
+        start = time.perf_counter()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
+            loss = copy(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - start)
+    return 1.1 * max(times[1:])
+
+
+def _run(trainer: Trainer, checkpoint: Path | None) -> None:
+    if checkpoint is None:
+        trainer.train()
+        return
+    first = int(checkpoint.name.rpartition("-")[2])
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    except ThriftyError:
+        raise
+    except Exception as problem:
+        # Loading fails before a step is made; what fails later is not the checkpoint's fault.
+        if trainer.state.global_step > first:
+            raise
+        rule = f"[train] {checkpoint} cannot be resumed ({type(problem).__name__}: {problem})"
+        raise ThriftyError(f"{rule}; delete that folder to go on from the one before, or start by --fresh") from problem
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without bars and remarks of transformers (that a checkpoint holds tied weights once, say): there is a bar."""
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _greet(console, corpus: Corpus, preset: Preset, recipe: Recipe, model, output: Path, checkpoint) -> None:
+    tokens = recipe.steps * recipe.batch_size * recipe.sequence_length
+    size = sum(part.size for part in corpus.parts) / 1e6
+    held = len(corpus.heldout.encode())
+    console.print(f"[bold]text[/]    {corpus.name}: {size:.2f} MB to train on, {held:,} bytes held out")
+    console.print(f"[bold]model[/]   preset {preset.name}: {model.num_parameters() / 1e6:.2f} M parameters")
+    console.print(f"[bold]run[/]     {recipe.steps:,} steps, {tokens / 1e6:.1f} M tokens, into {output}")
+    if recipe.steps < preset.recipe.steps:
+        console.print(f"        fewer than the {preset.recipe.steps:,} steps of the preset, to end in time")
+    if checkpoint is not None:
+        console.print(f"[bold]resume[/]  going on from {checkpoint.name} (--fresh starts anew)")

@@ -1,0 +1,88 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from thrifty.cli import main
+
+MICRO = [
+    "--preset=tiny",
+    "--vocab-size=270",
+    "--steps=3",
+    "--batch-size=2",
+    "--sequence-length=16",
+    "--set=hidden_size=16",
+    "--set=intermediate_size=32",
+    "--set=num_hidden_layers=1",
+]
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("".join(f"The {n}th line of a text that counts its lines.\n" for n in range(200)))
+    return file
+
+
+def test_a_file_becomes_a_model_and_the_command_resumes(text, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert main(["train", str(text), "-o", str(output), *MICRO]) == 0
+    first = capsys.readouterr()
+    assert first.out == f"{output}\n"
+    assert "bits per byte" in first.err
+    assert f"thrifty pack {output} {output}-packed" in first.err
+    assert main(["train", str(text), "-o", str(output), *MICRO]) == 0
+    assert "going on from checkpoint-3" in capsys.readouterr().err
+
+
+def test_in_a_process_of_its_own_a_data_set_of_bytes(tmp_path):
+    rows = "".join(json.dumps({"text": f"row {n} of some rows"}) + "\n" for n in range(100))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.jsonl").write_text(rows)
+    options = [option for option in MICRO if "vocab" not in option]
+    done = subprocess.run(
+        [sys.executable, "-m", "thrifty", "train", "--dataset=data", "--tokenizer=bytes", *options],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf")},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "runs/data\n"), done.stderr
+    config = json.loads((tmp_path / "runs/data/config.json").read_text())
+    assert config["vocab_size"] == 260
+    assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--preset=big"], "no preset is called 'big'"),
+        (["--set=foo"], "--set takes FIELD=VALUE; got foo"),
+        (["--set=stepz=3"], "did you mean steps?"),
+        (["--set=hidden_size=many"], "hidden_size must be a whole number; got many"),
+        (["--set=num_attention_heads=3"], "3"),
+        (["--tokenizer=words"], "--tokenizer must be bpe or bytes"),
+        (["--tokenizer=bytes", "--vocab-size=300"], "plain bytes have 260 pieces"),
+        (["--vocab-size=3"], "at least 260 pieces"),
+        (["--heldout=1"], "below 1; got 1.0"),
+        (["--dataset=x"], "must come from one place"),
+        (["--resume"], "there must be a checkpoint to resume"),
+        (["--max-minutes=0"], "minutes must be more than 0"),
+    ],
+)
+def test_bad_options_are_one_sentence(text, tmp_path, capsys, options, sentence):
+    assert main(["train", str(text), "-o", str(tmp_path / "run"), *MICRO, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert sentence in error
+
+
+@pytest.mark.parametrize(("content", "sentence"), [("", "is empty"), ("short", "at least one sequence of 16 tokens")])
+def test_a_text_that_is_no_corpus_is_named(tmp_path, capsys, content, sentence):
+    file = tmp_path / "text.txt"
+    file.write_text(content)
+    assert main(["train", str(file), "-o", str(tmp_path / "run"), *MICRO]) == 2
+    assert sentence in capsys.readouterr().err

@@ -1,0 +1,188 @@
+import json
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from thrifty.errors import ThriftyError
+from thrifty.models import BitNetForCausalLM
+from thrifty.runtime import load
+from thrifty.train import trainer as module
+from thrifty.train.corpus import Corpus, Part
+from thrifty.train.evaluate import bits_per_byte
+from thrifty.train.presets import preset
+
+TEXT = "".join(f"The {n}th line of a text that counts its lines.\n" for n in range(400))
+CORPUS = Corpus("lines", (Part("text", (TEXT,)),), "The last line of a text.\n" * 20)
+MICRO = preset("tiny").override(
+    vocab_size=280,
+    hidden_size=16,
+    intermediate_size=32,
+    max_position_embeddings=32,
+    steps=6,
+    batch_size=2,
+    sequence_length=16,
+    eval_every=4,
+    save_every=4,
+)
+
+
+def train(output, **options):
+    return module.train(CORPUS, options.pop("preset", MICRO), output, console=Console(quiet=True), **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    return output, train(output)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_model_tokenizer_curve_logs_and_record(run):
+    output, result = run
+    names = {file.name for file in output.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "loss.png"} <= names
+    assert list((output / "logs").iterdir())
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((output / "training.json").read_text())
+    assert record == json.loads(json.dumps(result.record))
+    assert record["finished"]
+    assert record["steps"] == 6
+    assert record["settings"]["corpus"]["train_sha256"]
+
+
+def test_losses_of_both_texts_are_logged(run):
+    history = run[1].history
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [4, 6]
+
+
+def test_dense_parameters_are_bf16_values(run):
+    tensors = weights(run[0])
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(tensors[name], tensors[name].bfloat16().float())
+    latent = tensors["model.layers.0.mlp.up_proj.weight"]
+    assert not torch.equal(latent, latent.bfloat16().float())
+
+
+def test_the_runtime_gives_the_same_bits_per_byte(run):
+    output, result = run
+    ours = bits_per_byte(result.model, result.tokenizer, CORPUS.heldout, 16, 4)
+    # A float that differs in its last bit can move an activation's code, here one of sixteen.
+    assert load(output).bits_per_byte(CORPUS.heldout, 16, 4) == pytest.approx(ours, rel=5e-4)
+
+
+def test_the_seed_decides_the_weights(run, tmp_path):
+    train(tmp_path / "same")
+    train(tmp_path / "other", preset=MICRO.override(seed=1))
+    assert same(weights(tmp_path / "same"), weights(run[0]))
+    assert not same(weights(tmp_path / "other"), weights(run[0]))
+
+
+def test_a_resumed_run_ends_with_the_same_weights(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/checkpoints/checkpoint-6")
+    (tmp_path / "cut/model.safetensors").unlink()
+    train(tmp_path / "cut", resume=True)
+    assert same(weights(tmp_path / "cut"), weights(run[0]))
+
+
+def test_a_half_written_checkpoint_is_passed_over(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "cut")
+    state = tmp_path / "cut/checkpoints/checkpoint-6/trainer_state.json"
+    state.write_text(state.read_text()[:50])
+    train(tmp_path / "cut")
+    assert same(weights(tmp_path / "cut"), weights(run[0]))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
+def test_a_damaged_checkpoint_is_named(run, tmp_path, name):
+    shutil.copytree(run[0], tmp_path / "bad")
+    file = tmp_path / "bad/checkpoints/checkpoint-6" / name
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ThriftyError, match=r"checkpoint-6 cannot be resumed .*; delete that folder"):
+        train(tmp_path / "bad")
+
+
+def test_a_folder_of_another_run_is_refused(run):
+    with pytest.raises(ThriftyError, match=r"preset.recipe.steps was 6 and is 7; train anew by --fresh"):
+        train(run[0], preset=MICRO.override(steps=7))
+
+
+def test_a_folder_with_another_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ThriftyError, match="holds another model"):
+        train(tmp_path)
+
+
+def test_resuming_needs_a_checkpoint(tmp_path):
+    with pytest.raises(ThriftyError, match="there must be a checkpoint to resume"):
+        train(tmp_path, resume=True)
+
+
+def test_a_fresh_run_forgets_the_old_one(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "old")
+    train(tmp_path / "old", preset=MICRO.override(steps=2), resume=False)
+    assert [f.name for f in (tmp_path / "old/checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+def test_a_time_limit_lowers_the_steps_and_a_resumed_run_keeps_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "seconds_per_step", lambda *_: 20.0)
+    assert train(tmp_path, max_minutes=1.0).record["steps"] == 3
+    monkeypatch.setattr(module, "seconds_per_step", lambda *_: 60.0)
+    assert train(tmp_path, max_minutes=1.0).record["steps"] == 3
+    with pytest.raises(ThriftyError, match="minutes must be more than 0"):
+        train(tmp_path / "none", max_minutes=0.0)
+
+
+def test_a_step_can_be_timed():
+    model = BitNetForCausalLM(module._config(MICRO, module.train_tokenizer([TEXT], 280)))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert 0 < module.seconds_per_step(model, MICRO.recipe, count=1) < 60
+    assert same(before, dict(model.named_parameters()))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.CausalTrainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(ThriftyError, match=r"checkpoint-4 could not be written: .*No space left on device; free some"):
+        train(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    original = module.CausalTrainer.__init__
+
+    def interrupted(self, *, callbacks, **kwargs):
+        original(self, callbacks=[*callbacks, Interrupt()], **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.CausalTrainer, "__init__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    train(tmp_path)
+    assert same(weights(tmp_path), weights(run[0]))
+
+
+def test_a_text_without_a_heldout_part_trains(tmp_path):
+    result = module.train(
+        Corpus("lines", CORPUS.parts, ""), MICRO.override(steps=2), tmp_path, console=Console(quiet=True)
+    )
+    assert result.record["bits_per_byte"] is None
