@@ -28,9 +28,9 @@ def main(
 
     The copy runs without torch (`thrifty generate`), and plain transformers loads it where the model is a BitNet.
     """
-    output = output or model.with_name(f"{model.resolve().name}-packed")
+    output = output or model.resolve().with_name(f"{model.resolve().name}-packed")
     pack_folder(model, output, dtype, overwrite=force)
-    before, after = (path.stat().st_size for path in _weights(model, output))
+    before, after = _bytes(model), _bytes(output)
     print(f"{output}: {after / 1e6:.2f} MB of tensors, {before / after:.1f} times smaller", file=sys.stderr)
 
 
@@ -70,5 +70,5 @@ def _copy_text_files(model: Path, folder: Path) -> None:
             shutil.copyfile(model / name, folder / name)
 
 
-def _weights(*folders: Path) -> list[Path]:
-    return [folder / "model.safetensors" for folder in folders]
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

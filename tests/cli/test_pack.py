@@ -1,0 +1,108 @@
+import json
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_checkpoints import write_checkpoint
+
+from thrifty.cli import main
+from thrifty.runtime import load
+
+torch = pytest.importorskip("torch", exc_type=ImportError)
+pytest.importorskip("transformers", exc_type=ImportError)
+
+
+@pytest.fixture
+def latent(tmp_path):
+    """A trained folder as `thrifty train` leaves it."""
+    from thrifty.models import ThriftyConfig, ThriftyForCausalLM, round_dense_parameters
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 64, "eos_token_id": 256}
+    model = ThriftyForCausalLM(ThriftyConfig(**sizes))
+    round_dense_parameters(model)
+    folder = write_checkpoint(tmp_path / "unused").path.rename(tmp_path / "trained")
+    model.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
+    return folder
+
+
+def torch_codes(folder) -> dict[str, tuple[np.ndarray, float]]:
+    """Codes and scales that the training forward takes."""
+    from thrifty import ops
+    from thrifty.models import ThriftyForCausalLM
+    from thrifty.nn import BitLinear
+
+    model = ThriftyForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BitLinear)}
+    taken = {name: ops.quantize_weight(module.weight) for name, module in layers.items()}
+    return {name: (codes.numpy(), scale.item()) for name, (codes, scale) in taken.items()}
+
+
+def test_packs_the_codes_of_the_training_forward(latent, tmp_path, capsys):
+    from thrifty.checkpoint import open_folder
+
+    assert main(["pack", str(latent)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "times smaller" in printed.err
+    packed = open_folder(tmp_path / "trained-packed")
+    expected = torch_codes(latent)
+    assert len(expected) == 14
+    for name, (codes, scale) in expected.items():
+        read, read_scale = packed.codes(name, codes.shape[0])
+        np.testing.assert_array_equal(read, codes, strict=True)
+        assert read_scale == scale
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(os.listdir(packed.path))
+    runtime, tokens = load(packed.path), list(range(50))
+    np.testing.assert_array_equal(runtime.logits(tokens), load(latent).logits(tokens))
+    assert runtime.generate("ab", max_new_tokens=4) == load(latent).generate("ab", max_new_tokens=4)
+
+
+def test_dtype_and_packing_again(latent, tmp_path):
+    from thrifty.checkpoint import open_safetensors
+
+    for dtype, stored in (("float32", "F32"), ("bfloat16", "BF16")):
+        assert main(["pack", str(latent), str(tmp_path / dtype), "--dtype", dtype]) == 0
+        assert open_safetensors(tmp_path / dtype / "model.safetensors")["model.norm.weight"].dtype == stored
+    assert main(["pack", str(tmp_path / "bfloat16"), str(tmp_path / "again")]) == 0
+    again, once = (open_safetensors(tmp_path / name / "model.safetensors") for name in ("again", "bfloat16"))
+    assert again.keys() == once.keys()
+    for name in once:
+        np.testing.assert_array_equal(again[name].data, once[name].data)
+
+
+def test_an_existing_folder_is_replaced_only_when_forced(latent, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    assert main(["pack", str(latent), str(tmp_path / "out")]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "out") == ["mine"]
+    assert main(["pack", str(latent), str(tmp_path / "out"), "--force"]) == 0
+    assert "mine" not in os.listdir(tmp_path / "out")
+    assert main(["pack", str(latent), str(latent), "--force"]) == 2
+    assert "folder of its own" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing(latent, tmp_path, monkeypatch, capsys):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["pack", str(latent), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "out could not be written: no space left on device; free some space" in error
+    assert sorted(os.listdir(tmp_path)) == ["trained"]
+
+
+def test_what_cannot_be_packed(tmp_path, capsys):
+    dense = write_checkpoint(tmp_path / "dense", linear="dense").path
+    for arguments, message in [
+        ([str(tmp_path / "nowhere")], "does not exist"),
+        ([str(dense)], "ternary or binary layers"),
+        ([str(dense), "--dtype", "int8"], "dtype must be one of"),
+    ]:
+        assert main(["pack", *arguments]) == 2
+        assert message in capsys.readouterr().err
