@@ -34,6 +34,10 @@ EXTRA_OF = {
     "datasets": "train",
     "tensorboard": "train",
     "matplotlib": "train",
+    "keras": "keras",
+    "jax": "jax",
+    "tensorflow": "tensorflow",
+    "gguf": "gguf",
     "jinja2": "chat",
 }
 

@@ -57,6 +57,7 @@ class CausalTrainer(Trainer):
 
     def __init__(self, *, model: PreTrainedModel, recipe: Recipe, **kwargs: Any):
         self.latent, self.recipe = model, recipe
+        self.since = time.perf_counter()
         super().__init__(model=model, **kwargs)
 
     def create_optimizer(self, model=None):
@@ -72,6 +73,13 @@ class CausalTrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log with the seconds the run has taken; a resumed run counts on from its checkpoint."""
+        now = time.perf_counter()
+        logs["seconds"] = seconds_of(self.state.log_history) + now - self.since
+        self.since = now
+        super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -107,7 +115,6 @@ def train(
     console = console or Console(stderr=True)
     settings = {"preset": asdict(preset), "corpus": corpus.record(), "max_minutes": max_minutes}
     checkpoint = start_run(output, settings, resume)
-    started = time.perf_counter()
     tokenizer = _tokenizer(corpus, preset, output)
     set_seed(preset.recipe.seed)
     model = BitNetForCausalLM(_config(preset, tokenizer))
@@ -125,9 +132,8 @@ def train(
         callbacks=[ProgressBar(console, scale), TensorBoardCallback(SummaryWriter(str(output / "logs")))],
     )
     trainer.remove_callback(PrinterCallback)
-    with _quiet():
+    with quiet():
         _run(trainer, checkpoint)
-        seconds = time.perf_counter() - started
         round_dense_parameters(model)
         model.save_pretrained(output)
     history = trainer.state.log_history
@@ -136,14 +142,29 @@ def train(
         "settings": settings,
         "finished": True,
         "steps": recipe.steps,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds_of(history), 1),
         "parameters": model.num_parameters(),
-        "bits_per_byte": bits_per_byte(model, tokenizer, corpus.heldout) if corpus.heldout else None,
+        "bits_per_byte": heldout_bits_per_byte(model, tokenizer, corpus, recipe) if corpus.heldout else None,
         "precision": "bfloat16" if trainer.args.bf16 else "float32",
         "versions": versions(),
     }
     write_record(output, record)
     return TrainingResult(model, tokenizer, history, record)
+
+
+def seconds_of(history: Sequence[dict[str, float]]) -> float:
+    """Seconds that the logged part of a run took."""
+    return history[-1]["seconds"] if history else 0.0
+
+
+def heldout_windows(recipe: Recipe) -> tuple[int, int]:
+    """Window and stride in which a model is judged: as long as the sequences it was trained on, a quarter at a time."""
+    return recipe.sequence_length, max(1, recipe.sequence_length // 4)
+
+
+def heldout_bits_per_byte(model: PreTrainedModel, tokenizer: Tokenizer, corpus: Corpus, recipe: Recipe) -> float:
+    """Bits per byte of the held-out text, in `heldout_windows`."""
+    return bits_per_byte(model, tokenizer, corpus.heldout, *heldout_windows(recipe))
 
 
 def versions() -> dict[str, str]:
@@ -292,7 +313,7 @@ def _run(trainer: Trainer, checkpoint: Path | None) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without bars and remarks of transformers (that a checkpoint holds tied weights once, say): there is a bar."""
     logging = transformers.utils.logging
     verbosity = logging.get_verbosity()

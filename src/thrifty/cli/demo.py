@@ -1,0 +1,153 @@
+"""`thrifty demo`: the whole flow on the built-in text, and a page of what was gained."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from thrifty.runtime import Runtime
+    from thrifty.train.corpus import Corpus
+    from thrifty.train.presets import Preset
+    from thrifty.train.trainer import TrainingResult
+
+EPILOG = """Examples:
+
+thrifty demo
+
+thrifty demo --fresh                            (forget the earlier run)
+
+thrifty demo --preset tiny --output runs/tiny   (seconds, and a model that babbles)
+"""
+
+#: Opens the sample, and the tokens that torch and the runtime continue greedily.
+PROMPT = 'The "with" statement\n'
+GREEDY_TOKENS = 200
+SAMPLE_TOKENS = 160
+
+
+def main(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that is made.")] = Path(
+        "runs/demo"
+    ),
+    preset: Annotated[str, typer.Option(help="Size and recipe of the model.")] = "demo",
+    max_minutes: Annotated[float, typer.Option(help="A slow machine makes fewer steps, to train no longer.")] = 4.8,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of going on with an earlier run.")] = False,
+) -> None:
+    """Train, pack and run a small ternary model on the built-in text, and show what was gained.
+
+    The text is Python's own help, and the documentation and code of its standard library: it is on every machine.
+    """
+    from thrifty.train.process import prepare_process
+
+    prepare_process()
+    import json
+
+    from rich.console import Console
+
+    from thrifty.checkpoint import atomic_file
+    from thrifty.cli.demo_page import page
+    from thrifty.cli.pack import pack_folder
+    from thrifty.runtime import load
+    from thrifty.train.corpus import builtin_corpus
+    from thrifty.train.presets import preset as find_preset
+    from thrifty.train.trainer import quiet, train
+
+    chosen = find_preset(preset)
+    console = Console(stderr=True, soft_wrap=True)
+    with console.status("reading Python's help and standard library"):
+        corpus = builtin_corpus()
+    model, packed = output / "model", output / "packed"
+    trained = train(corpus, chosen, model, resume=False if fresh else None, max_minutes=max_minutes, console=console)
+    with console.status("packing"), quiet():
+        pack_folder(model, packed, overwrite=True)
+    results = measure(corpus, chosen, trained, load(packed), packed, console)
+    results["files"] = {"model": str(model), "packed": str(packed), "curve": str(model / "loss.png")}
+    with atomic_file(output / "results.json", "w") as file:
+        file.write(json.dumps(results, indent=2) + "\n")
+    Console().print(page(results, output / "results.json"))
+
+
+def measure(
+    corpus: "Corpus", preset: "Preset", trained: "TrainingResult", runtime: "Runtime", packed: Path, console: "Console"
+) -> dict[str, Any]:
+    """Everything the page shows: text, training, bits per byte, bytes, speeds, the tokens of both, a sample."""
+    from thrifty import native
+    from thrifty.train.trainer import heldout_windows
+
+    prompt = runtime.encode(PROMPT)
+    with console.status("running both models greedily"):
+        torch_tokens, torch_seconds = greedy_in_torch(trained.model, prompt, GREEDY_TOKENS)
+        runtime_tokens, runtime_seconds = greedy_in_runtime(runtime, prompt, GREEDY_TOKENS)
+    with console.status("scoring the held-out text with the packed model"):
+        packed_bits = runtime.bits_per_byte(corpus.heldout, *heldout_windows(preset.recipe))
+    with console.status("compressing the held-out text, and the training text before it"):
+        compressed = compressors(corpus)
+    sample = runtime.generate(PROMPT, max_new_tokens=SAMPLE_TOKENS, temperature=0.7, top_p=0.9, seed=0)
+    differing = [i for i, pair in enumerate(zip(torch_tokens, runtime_tokens, strict=True)) if pair[0] != pair[1]]
+    return {
+        "text": trained.record["settings"]["corpus"],
+        "training": {key: trained.record[key] for key in ("steps", "seconds", "parameters", "precision", "versions")},
+        "loss": [[entry["step"], entry["loss"]] for entry in trained.history if "loss" in entry],
+        "bits_per_byte": {"torch": trained.record["bits_per_byte"], "packed": packed_bits, **compressed},
+        "bytes": {"fp32": 4 * trained.record["parameters"], "packed": (packed / "model.safetensors").stat().st_size},
+        "tokens_per_second": {"torch": GREEDY_TOKENS / torch_seconds, "runtime": GREEDY_TOKENS / runtime_seconds},
+        "greedy": {"tokens": GREEDY_TOKENS, "equal": not differing, "first_difference": next(iter(differing), None)},
+        "sample": {"prompt": PROMPT, "text": sample},
+        "isa": native.isa(),
+        "threads": native.default_threads(),
+    }
+
+
+def greedy_in_torch(model: Any, prompt: list[int], count: int) -> tuple[list[int], float]:
+    """The likeliest tokens after `prompt`, one by one over a cache of keys and values, and the seconds they took."""
+    import time
+
+    import torch
+
+    model.eval()
+    tokens: list[int] = []
+    fed, cache = torch.tensor([prompt]), None
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for _ in range(count):
+            out = model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            tokens.append(int(out.logits[0, -1].argmax()))
+            fed = torch.tensor([tokens[-1:]])
+    return tokens, time.perf_counter() - start
+
+
+def greedy_in_runtime(runtime: "Runtime", prompt: list[int], count: int) -> tuple[list[int], float]:
+    """The same by the runtime."""
+    import time
+
+    start = time.perf_counter()
+    tokens = runtime.generate_tokens(
+        prompt, max_new_tokens=count, temperature=0.0, repetition_penalty=1.0, ignore_eos=True
+    )
+    return tokens, time.perf_counter() - start
+
+
+def compressors(corpus: "Corpus") -> dict[str, float]:
+    """Bits per byte of the held-out text by gzip -9, xz -9, and xz -9 that has read the training text before."""
+    import gzip
+    import lzma
+    from concurrent.futures import ThreadPoolExecutor
+
+    heldout, training = corpus.heldout.encode(), corpus.text.encode()
+    # The dictionary must reach back over the whole training text.
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": max(1 << 26, 2 * len(training))}]
+
+    def size(data: bytes) -> int:
+        return len(lzma.compress(data, filters=filters))
+
+    with ThreadPoolExecutor(2) as pool:
+        alone, after = pool.map(size, (training, training + heldout))
+    return {
+        "gzip -9": 8 * len(gzip.compress(heldout, 9, mtime=0)) / len(heldout),
+        "xz -9": 8 * len(lzma.compress(heldout, preset=9)) / len(heldout),
+        "xz -9 primed": 8 * (after - alone) / len(heldout),
+    }
