@@ -108,7 +108,16 @@ class ThriftyModel(ThriftyPreTrainedModel):
         theta = (config.rope_parameters or {})["rope_theta"]
         self.rotary_emb = RotaryEmbedding(int(config.head_dim or 0), config.max_position_embeddings, theta)
         self.gradient_checkpointing = False
+        self._compiled_layer: Callable | None = None
         self.finish(stored)
+
+    def compile_layers(self) -> None:
+        """Fuse the layers' training step with `torch.compile`; evaluation and generation stay as they are.
+
+        One compilation serves all layers. It needs a C++ compiler on CPUs, and takes some twenty seconds at the first
+        step and at each new shape of a batch.
+        """
+        self._compiled_layer = torch.compile(DecoderLayer.forward, dynamic=False)
 
     def forward(
         self,
@@ -146,8 +155,11 @@ class ThriftyModel(ThriftyPreTrainedModel):
             position_ids = self._positions(x, attention_mask, past_key_values)
         rotary = self.rotary_emb(position_ids)
         states = [x]
+        run: Callable = DecoderLayer.__call__
+        if self._compiled_layer is not None and self.training and torch.is_grad_enabled():
+            run = self._compiled_layer
         for layer in self.layers:
-            x = layer(x, rotary, mask, past_key_values)
+            x = run(layer, x, rotary, mask, past_key_values)
             states.append(x)
         x = self.norm(x)
         output = BaseModelOutputWithPast(
@@ -188,6 +200,10 @@ class ThriftyForCausalLM(ThriftyPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.finish(stored)
+
+    def compile_layers(self) -> None:
+        """`ThriftyModel.compile_layers`."""
+        self.model.compile_layers()
 
     def forward(
         self,

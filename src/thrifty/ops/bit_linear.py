@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from thrifty.errors import ThriftyError
+from thrifty.ops.dispatch import is_fused
 from thrifty.ops.quantize_per_token import quantize_rows
 from thrifty.spec import quantizers
 
@@ -23,7 +24,7 @@ def bit_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: Kind
     rounded once before the scales: the price of matrix units several times as fast.
 
     Gradients go straight through both quantizers (arXiv 2402.17764; no clipping mask):
-    dx = (g q_w) * s_w, dw = (g * s_x)^T q_x, db = sum g. Kept for the backward: int8 codes and scales.
+    dx = g (q_w * s_w), dw = (g * s_x)^T q_x, db = sum g. Kept for the backward: int8 codes and scales.
 
     Raises ThriftyError for an unknown kind or a width that does not fit.
     """
@@ -35,7 +36,8 @@ def bit_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: Kind
     autocast = torch.is_autocast_enabled(device)
     out_dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     sum_dtype = torch.bfloat16 if autocast and out_dtype == torch.bfloat16 else torch.float32
-    return _bit_linear(x, weight, bias, kind, sum_dtype, out_dtype)[0]
+    y: Tensor = _BitLinear.apply(x, weight, bias, kind, sum_dtype, out_dtype, is_fused())  # pyright: ignore
+    return y
 
 
 def quantize_weight(weight: Tensor, kind: Kind = "ternary") -> tuple[Tensor, Tensor]:
@@ -62,51 +64,32 @@ def _round_bf16(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).float()
 
 
-@torch.library.custom_op("thrifty::bit_linear", mutates_args=())
-def _bit_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, sum_dtype: torch.dtype, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x_codes, x_scales = quantize_rows(x.reshape(-1, x.shape[-1]), None, 0.0, False)
-    w_codes, w_scale = quantize_weight(weight, "ternary" if kind == "ternary" else "binary")
-    y = integer_matmul(x_codes, w_codes, sum_dtype).float() * (x_scales * w_scale)[:, None]
-    if bias is not None:
-        y += bias.float()
-    return y.to(out_dtype).reshape(*x.shape[:-1], weight.shape[0]), x_codes, x_scales, w_codes, w_scale
+class _BitLinear(torch.autograd.Function):
+    """A function and not an opaque op, so that a compiler fuses its element-wise parts with their neighbours."""
 
+    @staticmethod
+    def forward(ctx, x, weight, bias, kind, sum_dtype, out_dtype, fused):
+        x_codes, x_scales = quantize_rows(x.reshape(-1, x.shape[-1]), fused)
+        w_codes, w_scale = quantize_weight(weight, kind)
+        ctx.save_for_backward(x_codes, x_scales, w_codes, w_scale)
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        y = integer_matmul(x_codes, w_codes, sum_dtype).float() * (x_scales * w_scale)[:, None]
+        if bias is not None:
+            y = y + bias.float()
+        return y.to(out_dtype).reshape(*x.shape[:-1], weight.shape[0])
 
-@_bit_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, sum_dtype: torch.dtype, out_dtype: torch.dtype):
-    n = x.numel() // x.shape[-1]
-    return (
-        x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype),
-        x.new_empty((n, x.shape[-1]), dtype=torch.int8),
-        x.new_empty((n,), dtype=torch.float32),
-        torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format),
-        x.new_empty((), dtype=torch.float32),
-    )
-
-
-def _setup(ctx, inputs, output) -> None:
-    x, weight, bias, *_ = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
-    ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-    ctx.x_shape = x.shape
-
-
-def _backward(ctx, grad: Tensor, *_):
-    x_codes, x_scales, w_codes, w_scale = ctx.saved_tensors
-    x_dtype, w_dtype, bias_dtype = ctx.dtypes
-    g = grad.reshape(-1, w_codes.shape[0])  # [n, out]
-    grad_x = grad_w = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = ((g @ w_codes.to(g.dtype)) * w_scale.to(g.dtype)).to(x_dtype).reshape(ctx.x_shape)
-    if ctx.needs_input_grad[1]:
-        grad_w = ((g * x_scales[:, None]).to(g.dtype).T @ x_codes.to(g.dtype)).to(w_dtype)
-    if bias_dtype is not None and ctx.needs_input_grad[2]:
-        grad_bias = g.float().sum(0).to(bias_dtype)
-    return grad_x, grad_w, grad_bias, None, None, None
-
-
-_bit_linear.register_autograd(_backward, setup_context=_setup)
+    @staticmethod
+    def backward(ctx, grad):
+        x_codes, x_scales, w_codes, w_scale = ctx.saved_tensors
+        x_dtype, w_dtype, bias_dtype = ctx.dtypes
+        g = grad.reshape(-1, w_codes.shape[0])  # [n, out]
+        grad_x = grad_w = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            # codes * s_w is exact in bfloat16, as s_w is a bfloat16 number.
+            grad_x = (g @ (w_codes * w_scale).to(g.dtype)).to(x_dtype).reshape(*grad.shape[:-1], -1)
+        if ctx.needs_input_grad[1]:
+            scaled = (g.float() * x_scales[:, None]).to(g.dtype)
+            grad_w = (scaled.T @ x_codes.to(g.dtype)).to(w_dtype)
+        if bias_dtype is not None and ctx.needs_input_grad[2]:
+            grad_bias = g.float().sum(0).to(bias_dtype)
+        return grad_x, grad_w, grad_bias, None, None, None, None

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from thrifty import native
 from thrifty.errors import ThriftyError
-from thrifty.ops.dispatch import use_native
+from thrifty.ops.dispatch import is_fused, use_native
 from thrifty.spec.quantize_per_token import LANES
 from thrifty.spec.quantizers import EPS, absmax_codes
 
@@ -20,6 +20,8 @@ def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = EPS) -> Tensor:
         raise ThriftyError(
             f"[rms_norm] gain must have the {x.shape[-1]} entries of a row; got shape {tuple(gain.shape)}"
         )
+    if is_fused():
+        return _rms_norm_text(x.float(), gain, eps).to(x.dtype)
     return _rms_norm(x, gain, eps)
 
 
@@ -43,7 +45,7 @@ def _rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     if use_native(rows):
         y = torch.from_numpy(native.rms_norm(rows.numpy(), None if gain is None else _array(gain), eps))
     else:
-        y = _exact_rms_norm(rows, gain, eps)
+        y = _rms_norm_text(rows, gain, eps)
     return y.to(x.dtype).reshape(x.shape)
 
 
@@ -73,8 +75,11 @@ _rms_norm.register_autograd(_rms_norm_backward, setup_context=_rms_norm_setup)
 
 @torch.library.custom_op("thrifty::quantize_per_token", mutates_args=())
 def _quantize_per_token(x: Tensor, gain: Tensor | None, eps: float, norm: bool) -> tuple[Tensor, Tensor]:
-    codes, scales = quantize_rows(x.reshape(-1, x.shape[-1]), gain, eps, norm)
-    return codes.reshape(x.shape), scales.reshape(x.shape[:-1])
+    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+    if use_native(rows):
+        codes, scales = native.quantize_per_token(rows.numpy(), None if gain is None else _array(gain), eps, norm)
+        return torch.from_numpy(codes).view(x.shape), torch.from_numpy(scales).view(x.shape[:-1])
+    return _quantize_text(_rms_norm_text(x.float(), gain, eps) if norm else x.float())
 
 
 @_quantize_per_token.register_fake
@@ -83,32 +88,29 @@ def _(x: Tensor, gain: Tensor | None, eps: float, norm: bool) -> tuple[Tensor, T
     return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def quantize_rows(x: Tensor, gain: Tensor | None, eps: float, norm: bool) -> tuple[Tensor, Tensor]:
-    """The text behind `quantize_per_token`, for use inside other ops. x: [n, d]."""
-    rows = x.float().contiguous()
-    if use_native(rows):
-        codes, scales = native.quantize_per_token(rows.numpy(), None if gain is None else _array(gain), eps, norm)
-        return torch.from_numpy(codes), torch.from_numpy(scales)
-    y = _exact_rms_norm(rows, gain, eps) if norm else rows
+def quantize_rows(x: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+    """`quantize_per_token` without norm, as an op of its own or (fused) as text for a compiler."""
+    return _quantize_text(x.float()) if fused else _quantize_per_token(x, None, EPS, False)
+
+
+def _quantize_text(y: Tensor) -> tuple[Tensor, Tensor]:
     codes, scales = absmax_codes(y, torch)
     return codes.to(torch.int8), scales[..., 0]
 
 
-def _exact_rms_norm(rows: Tensor, gain: Tensor | None, eps: float) -> Tensor:
-    n, d = rows.shape
-    squares = rows.new_zeros(n, -(-d // LANES) * LANES)
-    torch.mul(rows, rows, out=squares[:, :d])
-    lanes = rows.new_zeros(n, LANES)
-    for chunk in squares.split(LANES, dim=1):
-        lanes += chunk
-    while lanes.shape[1] > 1:
-        low, high = lanes.chunk(2, dim=1)
+def _rms_norm_text(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    d = x.shape[-1]
+    squares = torch.nn.functional.pad(x * x, (0, -d % LANES)).unflatten(-1, (-1, LANES))  # [..., d / 16, 16]
+    lanes = x.new_zeros(*x.shape[:-1], LANES)
+    for chunk in squares.unbind(-2):
+        lanes = lanes + chunk
+    while lanes.shape[-1] > 1:
+        low, high = lanes.chunk(2, dim=-1)
         lanes = low + high
     # torch divides by or into a Python number through a reciprocal on some devices, and its float32 square root (MKL's)
     # is off by an ulp now and then; a double one, rounded, is not.
     root = torch.sqrt((lanes / torch.full_like(lanes, d) + eps).double()).float()
-    r = torch.ones_like(root) / root
-    y = rows * r
+    y = x * (torch.ones_like(root) / root)
     return y if gain is None else y * gain.float()
 
 

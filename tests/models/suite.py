@@ -1,0 +1,61 @@
+"""Small models for the tests: every choice of the config appears in one of them."""
+
+from typing import Any
+
+import torch
+
+from thrifty.models import ThriftyConfig, ThriftyForCausalLM
+
+VOCAB = 97
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+#: Fields beside `SMALL`, by a name for the test's id.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "bitnet": {"num_key_value_heads": 2},
+    "bitnet-untied-relu2": {"tie_word_embeddings": False, "hidden_act": "relu2", "num_key_value_heads": 1},
+    "ternary-mlp-pre": {"feed_forward": "mlp", "norm_placement": "pre", "hidden_act": "gelu"},
+    "binary-glu-pre-bias": {"linear": "binary", "norm_placement": "pre", "attention_bias": True},
+    "binary-mlp-odd": {"linear": "binary", "feed_forward": "mlp", "intermediate_size": 49, "head_dim": 10},
+    "dense": {"linear": "dense", "num_key_value_heads": 2},
+    "dense-mlp-pre": {"linear": "dense", "feed_forward": "mlp", "norm_placement": "pre"},
+}
+
+
+def small_model(mixture: str, seed: int = 0) -> ThriftyForCausalLM:
+    """A random model in evaluation mode. Weights are large enough for its answers to differ."""
+    torch.manual_seed(seed)
+    model = ThriftyForCausalLM(ThriftyConfig(**{**SMALL, **MIXTURES[mixture], "initializer_range": 0.3}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def small_tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
+    """Token ids without special tokens."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def close_in_most(actual: torch.Tensor, expected: torch.Tensor, share: float = 0.9) -> None:
+    """Logits [..., vocabulary] agree to 1e-4 of their range in at least this share of positions, and roughly in all.
+
+    Where floats are summed in another order, an activation can fall on the other side of a rounding boundary. Its code
+    then moves by one, a change of 1/127 of the token's largest activation, and it moves what follows: rare, and small.
+    """
+    span = (expected.max() - expected.min()).item()
+    difference = (actual - expected).abs().amax(-1).flatten() / span
+    agreeing = (difference < 1e-4).float().mean().item()
+    if agreeing < share or difference.max().item() > 0.1:
+        raise AssertionError(
+            f"{agreeing:.0%} of positions agree; largest difference {difference.max():.1e} of the range"
+        )
