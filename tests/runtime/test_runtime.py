@@ -229,11 +229,13 @@ def test_conversation_keeps_messages_and_an_interrupted_answer(runtime):
 
 def test_a_head_kept_in_16_bits_gives_the_same_logits(path):
     weight = load(path)._folder.tensors["lm_head.weight"]
-    x = np.random.default_rng(0).normal(size=(3, 48)).astype(np.float32)
-    narrow, wide = Head(weight, limit=0), Head(weight)
-    narrow._block = 7
-    np.testing.assert_allclose(narrow(x), wide(x), rtol=1e-5, atol=1e-5)
-    assert narrow.nbytes * 2 == wide.nbytes
+    wide = Head(weight)
+    for block_bytes in (1, 4 * 48 * 7, 1 << 20):
+        narrow = Head(weight, limit=0, block_bytes=block_bytes)
+        assert narrow.nbytes * 2 == wide.nbytes
+        for rows in (1, 3):
+            x = np.random.default_rng(rows).normal(size=(rows, 48)).astype(np.float32)
+            np.testing.assert_allclose(narrow(x), wide(x), rtol=1e-5, atol=1e-5)
 
 
 def test_without_the_native_library(path, runtime, monkeypatch):

@@ -48,11 +48,13 @@ class Tensor:
 
     def float32(self) -> np.ndarray:
         """A float32 copy. bfloat16 and float16 widen exactly."""
-        if self.dtype == "BF16":
-            wide = self.data.astype(np.uint32)
-            wide <<= 16
-            return wide.view(np.float32)
-        return self.data.astype(np.float32)
+        out = np.empty(self.data.shape, np.float32)
+        _widen(self.dtype, self.data, out)
+        return out
+
+    def widen(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Write rows start ... stop - 1 as float32 to `out`."""
+        _widen(self.dtype, self.data[start:stop], out)
 
     @classmethod
     def of(cls, values: np.ndarray, dtype: str | None = None) -> "Tensor":
@@ -63,6 +65,15 @@ class Tensor:
         by_numpy = {storage: name for name, storage in DTYPES.items() if name != "BF16"}
         name = dtype or by_numpy[np.dtype(values.dtype)]
         return cls(name, np.asarray(values, DTYPES[name], order="C"))
+
+
+def _widen(dtype: str, data: np.ndarray, out: np.ndarray) -> None:
+    if dtype == "BF16":
+        bits = out.view(np.uint32)
+        np.copyto(bits, data)
+        np.left_shift(bits, 16, out=bits)
+    else:
+        np.copyto(out, data, casting="unsafe")
 
 
 def open_safetensors(path: str | Path) -> dict[str, Tensor]:

@@ -57,14 +57,14 @@ class Decoder:
         hidden = np.empty(0)
         for start in range(0, len(tokens), PREFILL_ROWS):
             hidden = self._forward(tokens[start : start + PREFILL_ROWS], cache)
-        return self._head(hidden[-1:])[0]
+        return self._logits(hidden[-1:])[0]
 
     def logits(self, tokens: Sequence[int], cache: Cache) -> Iterator[np.ndarray]:
         """Like `advance`, with the logits after every token: float32 [HEAD_ROWS or fewer, vocab], in order."""
         for start in range(0, len(tokens), PREFILL_ROWS):
             hidden = self._forward(tokens[start : start + PREFILL_ROWS], cache)
             for row in range(0, len(hidden), HEAD_ROWS):
-                yield self._head(hidden[row : row + HEAD_ROWS])
+                yield self._logits(hidden[row : row + HEAD_ROWS])
 
     def _forward(self, tokens: Sequence[int], cache: Cache) -> np.ndarray:
         """Hidden states float32 [T, hidden] after the final norm, T at most PREFILL_ROWS."""
@@ -77,6 +77,10 @@ class Decoder:
                 layer(work, cos, sin, keys, values, first)
             cache.tokens.extend(tokens)
             return native.rms_norm(work.x.array, self._final_gain, self.config.rms_norm_eps)
+
+    def _logits(self, hidden: np.ndarray) -> np.ndarray:
+        with self._lock:
+            return self._head(hidden)
 
     def _embed(self, tokens: Sequence[int]) -> np.ndarray:
         table = self._embedding
