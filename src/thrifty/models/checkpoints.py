@@ -173,6 +173,15 @@ def _described(model: CheckpointedModel) -> Iterator[None]:
         model.config.__dict__.pop("quantization_config", None)
 
 
+def _remove_stale(folder: Path, written: set[str]) -> None:
+    """Remove tensors of an earlier save in more or fewer files, which a loader could prefer to the new ones."""
+    if any(name.endswith(".safetensors") for name in written):
+        for pattern in ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"):
+            for file in folder.glob(pattern):
+                if file.name not in written:
+                    file.unlink()
+
+
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
     """A folder whose files move into `folder` when complete. Raises ThriftyError where the disk is full."""
@@ -188,6 +197,7 @@ def _staging(folder: Path) -> Iterator[Path]:
                 os.fsync(handle.fileno())
         for file in files:
             os.replace(file, folder / file.name)
+        _remove_stale(folder, {file.name for file in files})
     except SafetensorError as error:
         raise ThriftyError(f"[save] {folder} could not be written; {error}; free some space there") from error
     finally:

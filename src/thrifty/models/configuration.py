@@ -102,7 +102,8 @@ class ThriftyConfig(PreTrainedConfig):
                 f"{pretrained_model_name_or_path}; load it with transformers"
             )
         if found == "bitnet" and cls is ThriftyConfig:
-            fields = {**BitNetConfig().to_dict(), **fields}
+            # Fields left out have the defaults of transformers' BitNet; rope comes under several names.
+            fields = BitNetConfig(**{name: value for name, value in fields.items() if name != "model_type"}).to_dict()
         # Both names stand for this decoder, so the base class has no cause to warn.
         return {**fields, "model_type": cls.model_type}, kwargs
 
