@@ -38,7 +38,12 @@ class Sampling:
         """The next token after those `seen`."""
         if self.repetition_penalty != 1:
             logits = penalize_repetition(logits, np.asarray(seen), self.repetition_penalty)
-        return sample(logits, rng, self.temperature, self.top_k, self.top_p)
+        if self.temperature == 0 or not 0 < self.top_k < len(logits):
+            return sample(logits, rng, self.temperature, self.top_k, self.top_p)
+        # Sorting a vocabulary takes longer than a step of a small model; the k largest, in order of id, are enough.
+        least = np.partition(logits, -self.top_k)[-self.top_k]
+        kept = np.flatnonzero(logits >= least)
+        return int(kept[sample(logits[kept], rng, self.temperature, self.top_k, self.top_p)])
 
 
 @dataclass(frozen=True)
