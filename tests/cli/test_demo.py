@@ -1,0 +1,48 @@
+import json
+
+import pytest
+
+from thrifty.cli import main
+from thrifty.train.corpus import Corpus, Part
+from thrifty.train.presets import preset
+
+TEXT = "".join(f"The {n}th line of a text that counts its lines.\n" for n in range(300))
+
+
+@pytest.fixture
+def _small(monkeypatch):
+    """The demo on a text of a few lines with a model of a few weights."""
+    corpus = Corpus("lines", (Part("text", (TEXT,)),), "The last line of a text.\n" * 20)
+    micro = preset("tiny").override(
+        vocab_size=280,
+        hidden_size=16,
+        intermediate_size=32,
+        max_position_embeddings=256,
+        steps=3,
+        batch_size=2,
+        sequence_length=32,
+        eval_every=3,
+    )
+    monkeypatch.setattr("thrifty.train.corpus.builtin_corpus", lambda: corpus)
+    monkeypatch.setattr("thrifty.train.presets.preset", lambda _: micro)
+
+
+@pytest.mark.usefixtures("_small")
+def test_the_whole_flow_ends_with_a_page_and_can_be_repeated(tmp_path, capsys):
+    output = tmp_path / "demo"
+    assert main(["demo", "-o", str(output)]) == 0
+    text = capsys.readouterr().out
+    for words in ("bits per byte", "gzip -9", "xz -9", "sha256", "greedy tokens", "smaller", "thrifty generate"):
+        assert words in text
+    results = json.loads((output / "results.json").read_text())
+    bits = results["bits_per_byte"]
+    assert bits["packed"] == pytest.approx(bits["torch"], rel=1e-3)
+    assert bits["xz -9 primed"] < bits["xz -9"]
+    assert results["greedy"] == {"tokens": 200, "equal": True, "first_difference": None}
+    assert results["bytes"]["packed"] < results["bytes"]["fp32"]
+    assert (output / "model/loss.png").exists()
+
+    assert main(["demo", "-o", str(output)]) == 0
+    again = capsys.readouterr()
+    assert "going on from checkpoint-3" in again.err
+    assert json.loads((output / "results.json").read_text())["sample"] == results["sample"]
