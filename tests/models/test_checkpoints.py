@@ -1,6 +1,7 @@
 """What goes wrong while loading and saving."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,7 @@ def test_config_fields_and_dtype_can_be_given(folder):
     model = ThriftyForCausalLM.from_pretrained(folder, rms_norm_eps=1e-3, dtype=torch.bfloat16)
     assert model.config.rms_norm_eps == 1e-3
     assert model.dtype == torch.bfloat16
-    model, info = ThriftyForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = ThriftyForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
     assert model.dtype == torch.float32
     assert not info["unexpected_keys"]

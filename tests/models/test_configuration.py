@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import pytest
 from transformers import BitNetConfig as PlainConfig
@@ -33,7 +34,7 @@ def test_what_cannot_be_is_refused(fields, message):
 
 def test_saved_and_read_again(tmp_path):
     for config in (
-        ThriftyConfig(token_mixers=["attention"] * 4, linear="binary", rope_theta=77.0),
+        ThriftyConfig(token_mixers=["attention"] * 4, linear="binary", rope_parameters={"rope_theta": 77.0}),
         BitNetConfig(norm_placement="pre"),
         BitNetConfig(),
     ):
@@ -44,8 +45,8 @@ def test_saved_and_read_again(tmp_path):
 
 
 def test_transformers_own_config_reads_ours(tmp_path):
-    BitNetConfig(vocab_size=50, rope_theta=123.0).save_pretrained(tmp_path)
-    plain = PlainConfig.from_pretrained(tmp_path)
+    BitNetConfig(vocab_size=50, rope_parameters={"rope_theta": 123.0}).save_pretrained(tmp_path)
+    plain: Any = PlainConfig.from_pretrained(tmp_path)
     assert (plain.vocab_size, plain.rope_parameters["rope_theta"]) == (50, 123.0)
 
 
@@ -55,6 +56,7 @@ def test_our_config_reads_transformers_own(tmp_path):
     # As before version 5, and with fields left to transformers' defaults.
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bitnet", "rope_theta": 9e4, "vocab_size": 9}))
     config = ThriftyConfig.from_pretrained(tmp_path)
+    assert config.rope_parameters is not None
     assert (config.rope_parameters["rope_theta"], config.num_hidden_layers, config.vocab_size) == (9e4, 30, 9)
 
 

@@ -1,24 +1,30 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from thrifty import nn, spec
+from thrifty import nn, ops, spec
 from thrifty.errors import ThriftyError
 from thrifty.nn.packing import StoredBitLinear
 
 SIZES = [(1, 1), (3, 500), (63, 257), (257, 63), (500, 3)]
 
 
-def network(weight="ternary", cols=63, rows=257) -> torch.nn.Sequential:
+def network(weight: ops.Kind = "ternary", cols=63, rows=257) -> torch.nn.Sequential:
     return torch.nn.Sequential(
         nn.BitLinear(cols, rows, weight=weight),
         torch.nn.ReLU(),
         nn.BitLinear(rows, cols, False, weight=weight, norm=None),
     )
+
+
+def packed_layer(*arguments, **options) -> nn.PackedBitLinear:
+    layer: Any = nn.pack(nn.BitLinear(*arguments, **options))
+    return layer
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -72,7 +78,7 @@ def test_holds_two_bits_a_weight():
 @pytest.mark.parametrize(("cols", "rows"), SIZES)
 def test_state_dict_has_transformers_layout(weight, cols, rows):
     layer = nn.BitLinear(cols, rows, weight=weight)
-    packed = nn.pack(layer)
+    packed: Any = nn.pack(layer)
     state = packed.state_dict()
     assert state["weight"].shape == (-(-rows // 4), cols)
     assert np.array_equal(state["weight"].numpy(), spec.pack(spec.ROW_BLOCK, packed.codes().numpy()))
@@ -85,7 +91,7 @@ def test_state_dict_has_transformers_layout(weight, cols, rows):
 
 
 def test_transformers_unpacks_what_we_pack():
-    packed = nn.pack(nn.BitLinear(20, 12, bias=False))
+    packed = packed_layer(20, 12, bias=False)
     stored, scale = packed.state_dict()["weight"], packed.state_dict()["weight_scale"]
     # The four fields of a byte hold rows r, R + r, 2 R + r, 3 R + r.
     fields = torch.cat([(stored >> (2 * i)) & 3 for i in range(4)])
@@ -114,7 +120,7 @@ def test_the_stored_form_becomes_the_packed_one():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_cast_does_not_touch_the_scale(dtype):
-    packed = nn.pack(nn.BitLinear(64, 8, bias=False))
+    packed = packed_layer(64, 8, bias=False)
     scale = packed.weight_scale.clone()
     assert torch.equal(packed.to(dtype).weight_scale, scale)
     assert packed.weight_scale.dtype == torch.bfloat16

@@ -9,7 +9,7 @@ from thrifty.errors import ThriftyError
 KINDS = ("ternary", "binary")
 
 
-def expected(x: np.ndarray, weight: torch.Tensor, kind: str, bias=None) -> np.ndarray:
+def expected(x: np.ndarray, weight: torch.Tensor, kind: ops.Kind, bias=None) -> np.ndarray:
     """The spec's product; the scale is torch's, since a scale is data."""
     codes, scale = ops.quantize_weight(weight, kind)
     w = weight.detach().float().numpy()
