@@ -109,18 +109,18 @@ PRESETS = {
             "tiny",
             "0.2 M parameters: seconds, to see that everything works",
             Shape(512, 64, 256, 2, 2, 1, 256),
-            Recipe(steps=200, batch_size=16, sequence_length=128, eval_every=50, save_every=100),
+            Recipe(steps=200, batch_size=8, sequence_length=256, eval_every=50, save_every=100),
         ),
         Preset(
             "demo",
             "5 M parameters: minutes on two cores",
-            Shape(2048, 256, 768, 6, 2, 1, 1024),
-            Recipe(steps=600, batch_size=16, sequence_length=256),
+            Shape(2048, 256, 768, 6, 2, 1, 256),
+            Recipe(steps=400, batch_size=16, sequence_length=256),
         ),
         Preset(
             "small",
             "25 M parameters: hours on a good CPU",
-            Shape(8192, 512, 1536, 8, 4, 2, 1024),
+            Shape(8192, 512, 1536, 8, 4, 2, 512),
             Recipe(steps=10_000, batch_size=32, sequence_length=512, eval_every=250, save_every=500),
         ),
     )

@@ -3,6 +3,7 @@
 import math
 import platform
 import shutil
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -278,7 +279,7 @@ def _in_time(model: PreTrainedModel, recipe: Recipe, max_minutes: float | None, 
 
 
 def seconds_per_step(model: PreTrainedModel, recipe: Recipe, count: int = 3) -> float:
-    """Time of a training step on a copy of the model: the slowest of `count` after one to warm up, and a tenth more."""
+    """Time of a training step on a copy of the model: the median of `count` after one to warm up."""
     copy = deepcopy(model)
     optimizer = build_optimizer(copy, recipe)
     size = (recipe.batch_size, recipe.sequence_length)
@@ -292,7 +293,7 @@ def seconds_per_step(model: PreTrainedModel, recipe: Recipe, count: int = 3) -> 
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - start)
-    return 1.1 * max(times[1:])
+    return statistics.median(times[1:])
 
 
 def _run(trainer: Trainer, checkpoint: Path | None) -> None:
