@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from tiny_checkpoints import write_checkpoint
 from thrifty import ThriftyError, native, spec
 from thrifty.runtime import Conversation, load
 from thrifty.runtime.projection import Head
+from thrifty.runtime.runtime import fastest_format
 
 SAMPLED = {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.1, "ignore_eos": True}
 
@@ -78,6 +80,15 @@ def test_thread_counts_give_the_same_bits(path, monkeypatch, weight_format):
     for n_threads in (2, 3, 7):
         runtime = load(path, weight_format=weight_format, n_threads=n_threads)
         np.testing.assert_array_equal(runtime.logits(tokens), expected)
+
+
+def test_the_format_that_is_chosen(path, monkeypatch):
+    config = load(path).config
+    large = replace(config, hidden_size=4096, intermediate_size=16_384)
+    for isa, expected in (("avx512_vbmi", "base3"), ("avx2", "i2")):
+        monkeypatch.setattr(native, "isa", lambda isa=isa: isa)
+        assert fastest_format(large) == expected
+        assert fastest_format(config) == "i2"
 
 
 def test_generation_config_gives_the_defaults(tmp_path):
@@ -229,7 +240,10 @@ def test_conversation_keeps_messages_and_an_interrupted_answer(runtime):
 
 def test_a_head_kept_in_16_bits_gives_the_same_logits(path):
     weight = load(path)._folder.tensors["lm_head.weight"]
-    wide = Head(weight)
+    wide = Head(weight, n_threads=2)
+    for rows in (1, 3):
+        x = np.random.default_rng(rows).normal(size=(rows, 48)).astype(np.float32)
+        np.testing.assert_allclose(Head(weight)(x), wide(x), rtol=1e-5, atol=1e-5)
     for block_bytes in (1, 4 * 48 * 7, 1 << 20):
         narrow = Head(weight, limit=0, block_bytes=block_bytes)
         assert narrow.nbytes * 2 == wide.nbytes

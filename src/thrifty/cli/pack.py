@@ -1,6 +1,8 @@
 """`thrifty pack`: the small copy of a trained model."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -54,10 +56,24 @@ def pack_folder(model: Path, output: Path, dtype: str = "bfloat16", overwrite: b
 
     from thrifty.models import ThriftyForCausalLM, save_packed
 
-    with atomic_folder(output, overwrite) as folder:
+    with atomic_folder(output, overwrite) as folder, _without_bars():
         loaded = ThriftyForCausalLM.from_pretrained(model, dtype=torch.float32)
         save_packed(loaded, folder, getattr(torch, dtype))
         _copy_text_files(model, folder)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws a bar for every file, of one file too."""
+    from transformers.utils import logging
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
 
 
 def _copy_text_files(model: Path, folder: Path) -> None:

@@ -36,7 +36,7 @@ class Decoder:
         self.config = config
         self.max_context = max_context
         self._embedding = folder.tensors[EMBEDDING]
-        self._head = Head(folder.tensors[EMBEDDING if config.tie_word_embeddings else HEAD])
+        self._head = Head(folder.tensors[EMBEDDING if config.tie_word_embeddings else HEAD], n_threads)
         self._final_gain = folder.float32(FINAL_NORM)
         self._layers = [
             _Layer(folder, f"model.layers.{layer}.", weight_format, n_threads)

@@ -104,8 +104,11 @@ class Head:
     more time than reading a float32 copy would.
     """
 
-    def __init__(self, weight: Tensor, limit: int = WIDEN_LIMIT, block_bytes: int = _BLOCK_BYTES) -> None:
-        """limit: bytes by which W may grow; block_bytes: of a widened block. Not for several threads at once."""
+    def __init__(
+        self, weight: Tensor, n_threads: int = 1, limit: int = WIDEN_LIMIT, block_bytes: int = _BLOCK_BYTES
+    ) -> None:
+        """limit: bytes by which W may grow; block_bytes: of a widened block. Calls must not overlap."""
+        self._n_threads = n_threads
         grows = 4 * weight.data.size - weight.data.nbytes
         self._stored = weight
         self._wide = weight.float32() if grows <= limit else None
@@ -115,6 +118,9 @@ class Head:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Logits float32 [T, vocab] for x float32 [T, hidden]."""
+        if self._wide is not None and len(x) == 1 and self._n_threads == 1:
+            # numpy's matrix product takes threads of its own, as many as there are processors.
+            return np.vecdot(self._wide, x[0])[None]
         if self._wide is not None:
             return x @ self._wide.T
         vocab = self._stored.shape[0]

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from thrifty import native
 from thrifty.checkpoint import DecoderConfig, Folder, open_folder
+from thrifty.checkpoint.names import linear_shapes
 from thrifty.errors import ThriftyError
 from thrifty.runtime.cache import Cache
 from thrifty.runtime.chat_template import PLAIN_CHAT_STOPS, render_chat
@@ -19,6 +20,8 @@ from thrifty.spec import CHUNK
 from thrifty.spec.windows import scoring_windows
 
 WEIGHT_FORMATS = ("auto", "i2", "base3")
+#: Bytes of weights at 2 bits from which a step is bound by memory, so that fewer bits are faster.
+_MEMORY_BOUND = 32 << 20
 
 
 def load(
@@ -42,9 +45,16 @@ def load(
     tokenizer = read_tokenizer(folder.path, config.vocab_size)
     defaults = Defaults.read(folder)
     if weight_format == "auto":
-        weight_format = "i2"
+        weight_format = fastest_format(config)
     decoder = Decoder(folder, weight_format, n_threads or native.default_threads(), max_context or limit)
     return Runtime(decoder, tokenizer, defaults, folder)
+
+
+def fastest_format(config: DecoderConfig) -> str:
+    """The layout in which a step is fastest: base-3 where weights come from memory and the kernels keep up, else i2."""
+    weights = config.num_hidden_layers * sum(rows * cols for rows, cols in linear_shapes(config).values())
+    keeps_up = native.isa() == "avx512_vbmi"
+    return "base3" if keeps_up and weights / 4 >= _MEMORY_BOUND else "i2"
 
 
 class Runtime:
