@@ -1,4 +1,5 @@
 import io
+import sys
 
 import pytest
 from tiny_checkpoints import write_checkpoint
@@ -40,6 +41,14 @@ def test_a_conversation_that_fills_the_context_goes_on(path, monkeypatch, capsys
     out, err = chat(monkeypatch, capsys, [str(path), "--context", "100", "-n", "4"], lines)
     assert "shorten it" in err
     assert out.strip() != ""
+
+
+def test_a_template_without_jinja_ends_at_once(tmp_path, monkeypatch, capsys):
+    path = write_checkpoint(tmp_path / "model").path
+    (path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert main(["chat", str(path)]) == 2
+    assert "pip install 'thrifty[chat]'" in capsys.readouterr().err
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_chat(path, monkeypatch, capsys):

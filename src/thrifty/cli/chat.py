@@ -42,6 +42,8 @@ def main(
     from thrifty.runtime import Conversation, load
 
     runtime = load(model, weight_format=weight_format, n_threads=threads, max_context=context)
+    # A template that cannot be rendered ends the command, not every turn.
+    runtime.chat_prompt([{"role": "user", "content": "hello"}])
     conversation = Conversation(
         runtime,
         system,
