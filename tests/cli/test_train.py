@@ -62,6 +62,7 @@ def test_in_a_process_of_its_own_a_data_set_of_bytes(tmp_path):
         (["--set=foo"], "--set takes FIELD=VALUE; got foo"),
         (["--set=stepz=3"], "did you mean steps?"),
         (["--set=hidden_size=many"], "hidden_size must be a whole number; got many"),
+        (["--set=compile=yes"], "compile must be true or false; got yes"),
         (["--set=num_attention_heads=3"], "3"),
         (["--tokenizer=words"], "--tokenizer must be bpe or bytes"),
         (["--tokenizer=bytes", "--vocab-size=300"], "plain bytes have 260 pieces"),

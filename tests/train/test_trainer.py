@@ -137,7 +137,7 @@ def test_a_fresh_run_forgets_the_old_one(run, tmp_path):
 
 
 def test_a_time_limit_lowers_the_steps_and_a_resumed_run_keeps_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "seconds_per_step", lambda *_: 20.0)
+    monkeypatch.setattr(module, "seconds_per_step", lambda *_: 19.0)
     assert train(tmp_path, max_minutes=1.0).record["steps"] == 3
     monkeypatch.setattr(module, "seconds_per_step", lambda *_: 60.0)
     assert train(tmp_path, max_minutes=1.0).record["steps"] == 3
@@ -150,6 +150,24 @@ def test_a_step_can_be_timed():
     before = {name: p.clone() for name, p in model.named_parameters()}
     assert 0 < module.seconds_per_step(model, MICRO.recipe, count=1) < 60
     assert same(before, dict(model.named_parameters()))
+
+
+def test_layers_are_compiled_for_training_only(run, tmp_path, monkeypatch):
+    calls = []
+
+    def compile(forward, **options):
+        def compiled(*args, **kwargs):
+            calls.append(torch.is_grad_enabled())
+            return forward(*args, **kwargs)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr("thrifty.train.trainer.can_compile", lambda: True)
+    train(tmp_path, preset=MICRO.override(compile=True))
+    assert len(calls) == 6 * MICRO.shape.num_hidden_layers
+    assert all(calls)
+    assert same(weights(tmp_path), weights(run[0]))
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_checkpoint(tmp_path, monkeypatch):

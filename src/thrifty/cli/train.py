@@ -141,6 +141,9 @@ def _vocab_size(tokenizer: str, vocab_size: int | None) -> int | None:
     return vocab_size
 
 
+_SWITCHES = {"true": True, "false": False}
+
+
 def _fields(preset: "Preset", assignments: list[str]) -> dict[str, Any]:
     """The fields that `--set` names, each read as the number it replaces."""
     fields: dict[str, Any] = {}
@@ -150,8 +153,10 @@ def _fields(preset: "Preset", assignments: list[str]) -> dict[str, Any]:
             raise ThriftyError(f"[train] --set takes FIELD=VALUE; got {assignment}")
         old = getattr(preset.shape, name, getattr(preset.recipe, name, None))
         try:
-            fields[name] = value if old is None else type(old)(value)
-        except ValueError as problem:
-            kind = "a whole number" if isinstance(old, int) else "a number"
+            fields[name] = value if old is None else _SWITCHES[value] if isinstance(old, bool) else type(old)(value)
+        except (KeyError, ValueError) as problem:
+            kind = (
+                "true or false" if isinstance(old, bool) else "a whole number" if isinstance(old, int) else "a number"
+            )
             raise ThriftyError(f"[train] {name} must be {kind}; got {value}") from problem
     return fields

@@ -5,8 +5,8 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from thrifty.errors import ThriftyError
 from thrifty.models import BitNetConfig, BitNetForCausalLM, round_dense_parameters
 from thrifty.train.blocks import PackedBlocks
 from thrifty.train.checkpoints import CHECKPOINTS, read_record, start_run, write_record
+from thrifty.train.compiled import CompiledLayers, can_compile
 from thrifty.train.corpus import Corpus
 from thrifty.train.curve import plot
 from thrifty.train.evaluate import bits_per_byte
@@ -56,9 +57,11 @@ class TrainingResult:
 class CausalTrainer(Trainer):
     """The Trainer with this package's optimizer and schedule, and a sentence when a checkpoint cannot be written."""
 
-    def __init__(self, *, model: PreTrainedModel, recipe: Recipe, **kwargs: Any):
+    def __init__(self, *, model: PreTrainedModel, recipe: Recipe, since: float, **kwargs: Any):
         self.latent, self.recipe = model, recipe
-        self.since = time.perf_counter()
+        #: When the seconds not logged yet began.
+        self.since = since
+        self.layers = _layers(model, recipe)
         super().__init__(model=model, **kwargs)
 
     def create_optimizer(self, model=None):
@@ -74,6 +77,10 @@ class CausalTrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self.layers():
+            return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log with the seconds the run has taken; a resumed run counts on from its checkpoint."""
@@ -120,12 +127,14 @@ def train(
     set_seed(preset.recipe.seed)
     model = BitNetForCausalLM(_config(preset, tokenizer))
     initialize(model, preset.recipe)
+    started = time.perf_counter()
     recipe = _in_time(model, preset.recipe, max_minutes, read_record(output) if checkpoint else {})
     _greet(console, corpus, preset, recipe, model, output, checkpoint)
     blocks, glance, scale = _blocks(corpus, recipe, tokenizer)
     write_record(output, {"settings": settings, "finished": False, "steps": recipe.steps})
     trainer = CausalTrainer(
         recipe=recipe,
+        since=started,
         model=model,
         args=_arguments(recipe, output, glance is not None),
         train_dataset=blocks,
@@ -274,7 +283,11 @@ def _in_time(model: PreTrainedModel, recipe: Recipe, max_minutes: float | None, 
         return recipe
     if max_minutes <= 0:
         raise ThriftyError(f"[train] the minutes must be more than 0; got {max_minutes}")
-    fitting = before.get("steps") or int(max_minutes * 60 / seconds_per_step(model, recipe))
+    started = time.perf_counter()
+    fitting = before.get("steps")
+    if fitting is None:
+        step = seconds_per_step(model, recipe)
+        fitting = int((max_minutes * 60 - (time.perf_counter() - started)) / step)
     return replace(recipe, steps=max(1, min(recipe.steps, fitting)))
 
 
@@ -282,18 +295,24 @@ def seconds_per_step(model: PreTrainedModel, recipe: Recipe, count: int = 3) -> 
     """Time of a training step on a copy of the model: the median of `count` after one to warm up."""
     copy = deepcopy(model)
     optimizer = build_optimizer(copy, recipe)
+    layers = _layers(copy, recipe)
     size = (recipe.batch_size, recipe.sequence_length)
     tokens = torch.randint(model.config.vocab_size, size, device=model.device)
     times = []
     for _ in range(count + 1):
         start = time.perf_counter()
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
+        with layers(), torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
             loss = copy(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
+
+
+def _layers(model: PreTrainedModel, recipe: Recipe) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which the model trains: with compiled layers where that is wanted and possible."""
+    return CompiledLayers(model) if recipe.compile and can_compile() else nullcontext
 
 
 def _run(trainer: Trainer, checkpoint: Path | None) -> None:
@@ -338,5 +357,7 @@ def _greet(console, corpus: Corpus, preset: Preset, recipe: Recipe, model, outpu
     console.print(f"[bold]run[/]     {recipe.steps:,} steps, {tokens / 1e6:.1f} M tokens, into {output}")
     if recipe.steps < preset.recipe.steps:
         console.print(f"        fewer than the {preset.recipe.steps:,} steps of the preset, to end in time")
+    if recipe.compile and can_compile():
+        console.print("        the first step takes half a minute: the layers are compiled")
     if checkpoint is not None:
         console.print(f"[bold]resume[/]  going on from {checkpoint.name} (--fresh starts anew)")
