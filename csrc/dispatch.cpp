@@ -152,9 +152,10 @@ int thrifty_ternary_matmul(int format, const uint8_t* packed, int64_t rows, int6
                         size_t(n),
                         y};
   const auto run = format == THRIFTY_I2 ? kernels().matmul_i2 : kernels().matmul_base3;
+  // Kernels take tiles in pairs, so a range never ends in the middle of one.
   const size_t tiles = round_up(m.rows, kTileRows) / kTileRows;
-  run_ranges(tiles, m.blocks * kBlockBytes * m.n, kMatmulGrain, n_threads,
-             [&](size_t first, size_t end) { run(m, first, end); });
+  run_ranges(round_up(tiles, 2) / 2, 2 * m.blocks * kBlockBytes * m.n, kMatmulGrain, n_threads,
+             [&](size_t first, size_t end) { run(m, 2 * first, 2 * end < tiles ? 2 * end : tiles); });
   return THRIFTY_OK;
 }
 

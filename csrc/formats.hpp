@@ -23,8 +23,8 @@ constexpr FormatFacts kFormats[THRIFTY_FORMAT_COUNT] = {
 
 constexpr size_t round_up(size_t count, size_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-/// Most columns: the unsigned product, 2 * 128 a column, stays in int32.
-constexpr int64_t kMostCols = int64_t{1} << 22;
+/// Most columns: kernels sum digits times up to 81, 2 * 81 * 128 for one column in five, in int32.
+constexpr int64_t kMostCols = int64_t{1} << 18;
 
 inline bool valid_format(int format) { return format >= 0 && format < THRIFTY_FORMAT_COUNT; }
 inline bool valid_shape(int64_t rows, int64_t cols) {

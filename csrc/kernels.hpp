@@ -13,10 +13,6 @@ constexpr size_t kBlockBytes = 4 * kTileRows;
 constexpr size_t kI2Cols = 16;
 constexpr size_t kBase3Cols = 20;
 
-/// Distance of the software prefetch: far enough to hide memory, and past the page border where the hardware
-/// prefetcher stops.
-constexpr size_t kPrefetch = 4096;
-
 /// Arguments of thrifty_ternary_matmul, checked.
 struct TernaryMatmul {
   const uint8_t* packed;

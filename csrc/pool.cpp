@@ -24,7 +24,6 @@ using Clock = std::chrono::steady_clock;
 // Long enough to bridge the Python code between two products of a decode step, short enough to leave the cores to
 // another library's threads.
 constexpr std::chrono::microseconds kSpin{50};
-constexpr int kMostThreads = 1024;
 
 void relax() {
 #if defined(_MSC_VER)
@@ -36,66 +35,101 @@ void relax() {
 #endif
 }
 
+/// A thread's run of parts that are still to be claimed, first ... end - 1, in one word with the job they belong to. A
+/// claim is one exchange, which fails when the job has gone; a claimed part keeps its job from ending.
+struct Run {
+  uint32_t job;
+  uint32_t first;
+  uint32_t end;
+
+  static Run of(uint64_t word) {
+    return {uint32_t(word >> 32), uint32_t(word >> 16) & 0xFFFF, uint32_t(word) & 0xFFFF};
+  }
+  uint64_t word() const { return uint64_t{job} << 32 | first << 16 | end; }
+};
+static_assert(kMostThreads * kMostPartsPerThread <= 0xFFFF, "part numbers fit a run");
+
+struct alignas(64) SharedRun {
+  std::atomic<uint64_t> word{0};
+};
+
 class Pool {
  public:
-  bool run(int parts, Part part, const void* context) {
+  /// False where another caller has the pool.
+  bool run(int threads, int parts_per_thread, Part part, const void* context) {
     if (busy_.test_and_set(std::memory_order_acquire)) return false;
-    const bool enough = grow(parts - 1);
-    if (enough) {
-      part_ = part;
-      context_ = context;
-      pending_.store(parts - 1, std::memory_order_relaxed);
-      publish(parts);
-      part(context, 0, parts);
-      wait_for_workers();
+    grow(threads - 1);
+    part_ = part;
+    context_ = context;
+    parts_ = threads * parts_per_thread;
+    unfinished_.store(parts_, std::memory_order_relaxed);
+    const uint32_t job = uint32_t(ticket_.load(std::memory_order_relaxed) >> 32) + 1;
+    for (int i = 0; i < threads; ++i) {
+      const Run dealt{job, uint32_t(i * parts_per_thread), uint32_t((i + 1) * parts_per_thread)};
+      runs_[i].word.store(dealt.word(), std::memory_order_relaxed);
     }
+    publish(uint64_t{job} << 32 | uint32_t(threads));
+    take_part(job, 0, threads);
+    wait_for_others();
     busy_.clear(std::memory_order_release);
-    return enough;
+    return true;
   }
 
  private:
-  bool grow(int workers) {
+  /// As many workers as there can be: what a missing one was dealt, the others take.
+  void grow(int workers) {
     while (workers_ < workers) {
       try {
         const uint64_t seen = ticket_.load(std::memory_order_relaxed);
         std::thread([this, index = workers_ + 1, seen] { work(index, seen); }).detach();
       } catch (const std::system_error&) {
-        return false;
+        return;
       }
       ++workers_;
     }
-    return true;
   }
 
-  // One word says both that a job is new and how many take part, so that a worker without a part never looks at the
-  // job, which may be gone.
-  void publish(int parts) {
-    const uint64_t job = (ticket_.load(std::memory_order_relaxed) >> 16) + 1;
-    ticket_.store(job << 16 | uint64_t(parts), std::memory_order_seq_cst);
+  void publish(uint64_t ticket) {
+    ticket_.store(ticket, std::memory_order_seq_cst);
     if (parked_.load(std::memory_order_seq_cst) > 0) {
-      {
-        std::lock_guard<std::mutex> lock(mutex_);
-      }
+      { std::lock_guard<std::mutex> lock(mutex_); }
       wake_.notify_all();
     }
   }
 
-  void wait_for_workers() {
+  /// Runs the parts dealt to thread `index`, then those that others have not come to.
+  void take_part(uint32_t job, int index, int threads) {
+    for (int i = 0; i < threads; ++i) {
+      std::atomic<uint64_t>& shared = runs_[(index + i) % threads].word;
+      uint64_t word = shared.load(std::memory_order_acquire);
+      for (;;) {
+        Run run = Run::of(word);
+        if (run.job != job || run.first == run.end) break;
+        const uint32_t part = i == 0 ? run.first++ : --run.end;
+        if (!shared.compare_exchange_weak(word, run.word(), std::memory_order_acq_rel, std::memory_order_acquire)) {
+          continue;
+        }
+        part_(context_, int(part), parts_);
+        unfinished_.fetch_sub(1, std::memory_order_release);
+        word = shared.load(std::memory_order_acquire);
+      }
+    }
+  }
+
+  void wait_for_others() {
     const auto deadline = Clock::now() + kSpin;
-    while (pending_.load(std::memory_order_acquire) > 0) {
+    while (unfinished_.load(std::memory_order_acquire) > 0) {
       relax();
       // A worker that lost its core to another process is not helped by spinning on this one.
       if (Clock::now() > deadline) std::this_thread::yield();
     }
   }
 
-  void work(int index, uint64_t seen) {
+  void work(int index, uint64_t ticket) {
     for (;;) {
-      seen = wait_for_job(seen);
-      const int parts = int(seen & 0xFFFF);
-      if (index >= parts) continue;
-      part_(context_, index, parts);
-      pending_.fetch_sub(1, std::memory_order_release);
+      ticket = wait_for_job(ticket);
+      const int threads = int(ticket & 0xFFFFFFFF);
+      if (index < threads) take_part(uint32_t(ticket >> 32), index, threads);
     }
   }
 
@@ -118,8 +152,10 @@ class Pool {
   int workers_ = 0;
   Part part_ = nullptr;
   const void* context_ = nullptr;
-  std::atomic<int> pending_{0};
-  std::atomic<uint64_t> ticket_{0};
+  int parts_ = 0;
+  SharedRun runs_[kMostThreads];
+  alignas(64) std::atomic<int> unfinished_{0};
+  alignas(64) std::atomic<uint64_t> ticket_{0};  // number of the job, and how many threads may take part
   std::atomic<int> parked_{0};
   std::mutex mutex_;
   std::condition_variable wake_;
@@ -149,12 +185,10 @@ Pool* get_pool() {
 
 }  // namespace
 
-void run_parts(int parts, Part part, const void* context) {
-  if (parts > kMostThreads) parts = kMostThreads;
-  if (parts > 1) {
-    Pool* pool = get_pool();
-    if (pool != nullptr && pool->run(parts, part, context)) return;
-  }
+void run_parts(int threads, int parts_per_thread, Part part, const void* context) {
+  Pool* pool = get_pool();
+  if (pool != nullptr && pool->run(threads, parts_per_thread, part, context)) return;
+  const int parts = threads * parts_per_thread;
   for (int i = 0; i < parts; ++i) part(context, i, parts);
 }
 

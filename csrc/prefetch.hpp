@@ -1,11 +1,16 @@
 #pragma once
 
+#include <cstddef>
+
 #if defined(_MSC_VER)
 #include <intrin.h>
 #endif
 
 namespace thrifty {
 namespace {
+
+/// Distance of the software prefetch: from memory, and past the page border where the hardware prefetcher stops.
+constexpr size_t kPrefetch = 4096;
 
 /// Asks for the cache line at `address`, which may lie past the buffer: a prefetch does not fault.
 inline void prefetch(const void* address) {

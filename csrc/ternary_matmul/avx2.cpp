@@ -106,7 +106,7 @@ struct Maddubs {
   }
 
   template <int, int kRows>
-  static void product(const TernaryMatmul& m, size_t tile, size_t token, const int32_t* sums) {
+  static void product(const TernaryMatmul& m, size_t tile, size_t, size_t token, const int32_t* sums) {
     __m256i wide[kRows][2];
     for (auto& halves : wide) halves[0] = halves[1] = _mm256_setzero_si256();
     const uint8_t* packed = m.packed + tile * m.blocks * kBlockBytes;

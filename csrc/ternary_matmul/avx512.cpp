@@ -6,11 +6,12 @@ namespace {
 struct I2 {
   static constexpr int kDigits = 4;
 
+  template <bool kScaled>
   static void digits(__m512i block, __m512i* out) {
-    out[0] = field<0>(block);
-    out[1] = field<1>(block);
-    out[2] = field<2>(block);
-    out[3] = field<3>(block);
+    out[0] = field<0, kScaled>(block);
+    out[1] = field<1, kScaled>(block);
+    out[2] = field<2, kScaled>(block);
+    out[3] = field<3, kScaled>(block);
   }
 };
 
@@ -18,25 +19,36 @@ struct I2 {
 struct Base3 {
   static constexpr int kDigits = 5;
 
+  /// Tables of the low and the high digit of 0 ... 8, times what the digit is worth.
+  static __m512i low(char worth) {
+    const char one = worth, two = char(2 * worth);
+    return _mm512_broadcast_i32x4(_mm_setr_epi8(0, one, two, 0, one, two, 0, one, two, 0, 0, 0, 0, 0, 0, 0));
+  }
+  static __m512i high(char worth) {
+    const char one = worth, two = char(2 * worth);
+    return _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, one, one, one, two, two, two, 0, 0, 0, 0, 0, 0, 0));
+  }
+
+  template <bool kScaled>
   static void digits(__m512i block, __m512i* out) {
-    const __m512i c81 = _mm512_set1_epi8(81);
+    const __m512i c81 = _mm512_set1_epi8(81), c162 = _mm512_set1_epi8(char(162));
     const __mmask64 one = _mm512_cmpge_epu8_mask(block, c81);
-    const __mmask64 two = _mm512_cmpge_epu8_mask(block, _mm512_set1_epi8(char(162)));
-    __m512i r = _mm512_mask_sub_epi8(block, one, block, c81);
-    r = _mm512_mask_sub_epi8(r, two, r, c81);
-    out[4] = _mm512_mask_mov_epi8(_mm512_maskz_set1_epi8(one, 1), two, _mm512_set1_epi8(2));
+    const __mmask64 two = _mm512_cmpge_epu8_mask(block, c162);
+    const __m512i fifth = _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(one, c81), two, c162);
+    const __m512i r = _mm512_sub_epi8(block, fifth);
+    out[4] = kScaled ? fifth
+                     : _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(one, _mm512_set1_epi8(1)), two, _mm512_set1_epi8(2));
 
     // r / 9 = r * 57 >> 9 for r < 81, in the even and the odd bytes.
     const __m512i even = _mm512_srli_epi16(_mm512_maddubs_epi16(r, _mm512_set1_epi16(57)), 9);
     const __m512i odd = _mm512_srli_epi16(_mm512_maddubs_epi16(r, _mm512_set1_epi16(57 << 8)), 1);
     const __m512i q = _mm512_or_si512(even, _mm512_and_si512(odd, _mm512_set1_epi16(0x0F00)));
     const __m512i m = _mm512_sub_epi8(r, _mm512_add_epi8(q, _mm512_slli_epi16(q, 3)));
-    const __m512i low = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0));
-    const __m512i high = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0));
-    out[0] = _mm512_shuffle_epi8(low, m);
-    out[1] = _mm512_shuffle_epi8(high, m);
-    out[2] = _mm512_shuffle_epi8(low, q);
-    out[3] = _mm512_shuffle_epi8(high, q);
+    constexpr char a = kScaled ? 4 : 1, b = kScaled ? 16 : 1, c = kScaled ? 64 : 1;
+    out[0] = _mm512_shuffle_epi8(low(1), m);
+    out[1] = _mm512_shuffle_epi8(high(a), m);
+    out[2] = _mm512_shuffle_epi8(low(b), q);
+    out[3] = _mm512_shuffle_epi8(high(c), q);
   }
 };
 

@@ -5,15 +5,34 @@
 #include "../prefetch.hpp"
 #include "driver.hpp"
 
+// Spares the copies of accumulators that GCC makes at every turn of a loop.
+#if defined(__clang__)
+#define THRIFTY_UNROLL_BLOCKS _Pragma("unroll(4)")
+#elif defined(__GNUC__)
+#define THRIFTY_UNROLL_BLOCKS _Pragma("GCC unroll 4")
+#else
+#define THRIFTY_UNROLL_BLOCKS
+#endif
+
 namespace thrifty {
 namespace {
 
 inline __m512i broadcast(const int8_t* x) { return _mm512_set1_epi32(load_dword(x)); }
 
-/// Two-bit fields of every byte, lowest first.
-template <int kField>
+/// Two-bit field of every byte, lowest first; left in its place, so worth 4^kField times as much, where kScaled.
+template <int kField, bool kScaled>
 inline __m512i field(__m512i bytes) {
+  if constexpr (kScaled) return _mm512_and_si512(bytes, _mm512_set1_epi8(char(3 << (2 * kField))));
   return _mm512_and_si512(kField ? _mm512_srli_epi16(bytes, 2 * kField) : bytes, _mm512_set1_epi8(3));
+}
+
+/// A sum of scaled digits, exactly divided by what digit kDigit was multiplied with: 4^kDigit, or 81 for the fifth.
+template <int kDigit>
+inline __m512i unscale(__m512i sum) {
+  constexpr uint32_t inverse_of_81 = 0x781948B1u;
+  static_assert(81u * inverse_of_81 == 1u, "inverse modulo 2^32");
+  if constexpr (kDigit == 4) return _mm512_mullo_epi32(sum, _mm512_set1_epi32(int(inverse_of_81)));
+  return _mm512_srai_epi32(sum, 2 * kDigit);
 }
 
 /// y of a tile from its sixteen sums.
@@ -29,7 +48,12 @@ inline void store_tile(const TernaryMatmul& m, size_t tile, size_t token, __m512
 }
 
 /// Products with `vpdpbusd`: a dword of weights per row meets one dword of x, broadcast, and no sum crosses lanes.
-/// `Decode` gives kDigits and `digits(block, out)`: the unsigned digits of a block, one register per place.
+/// `Decode` gives kDigits and `digits<scaled>(block, out)`: the unsigned digits of a block, one register per place.
+///
+/// Two tiles at a time: two streams draw more from memory than one, and x is broadcast once for both.
+///
+/// For few rows decoding is what costs, so digits stay in their place in the byte, each has a sum of its own, and the
+/// sums are divided at the end.
 template <class Decode>
 struct Vnni {
   static constexpr int kDigits = Decode::kDigits;
@@ -48,27 +72,28 @@ struct Vnni {
   }
 
   template <int kTileCount, int kRows>
-  static void product(const TernaryMatmul& m, size_t tile, size_t token, const int32_t* sums) {
-    // A product needs five cycles before its sum can be added to, so few rows keep a sum per digit.
-    constexpr int kSums = kTileCount * kRows * kDigits <= 20 ? kDigits : 1;
+  static void product(const TernaryMatmul& m, size_t tile, size_t step, size_t token, const int32_t* sums) {
+    constexpr bool kScaled = kTileCount * kRows * kDigits <= 20;
+    constexpr int kSums = kScaled ? kDigits : 1;
     __m512i acc[kTileCount][kRows][kSums];
     for (auto& tiles : acc)
       for (auto& rows : tiles)
         for (auto& sum : rows) sum = _mm512_setzero_si512();
-    const size_t tile_bytes = m.blocks * kBlockBytes;
+    const size_t tile_bytes = m.blocks * kBlockBytes, step_bytes = step * tile_bytes;
     const uint8_t* packed = m.packed + tile * tile_bytes;
     const int8_t* x = m.x + token * m.x_stride;
+    THRIFTY_UNROLL_BLOCKS
     for (size_t block = 0; block < m.blocks; ++block, packed += kBlockBytes, x += kBlockCols) {
       __m512i digits[kTileCount][kDigits];
       for (int t = 0; t < kTileCount; ++t) {
-        prefetch(packed + size_t(t) * tile_bytes + kPrefetch);
-        Decode::digits(_mm512_loadu_si512(packed + size_t(t) * tile_bytes), digits[t]);
+        prefetch(packed + size_t(t) * step_bytes + kPrefetch);
+        Decode::template digits<kScaled>(_mm512_loadu_si512(packed + size_t(t) * step_bytes), digits[t]);
       }
       for (int f = 0; f < kDigits; ++f) {
         for (int row = 0; row < kRows; ++row) {
           const __m512i xs = broadcast(x + size_t(row) * m.x_stride + 4 * f);
           for (int t = 0; t < kTileCount; ++t) {
-            __m512i& sum = acc[t][row][kSums > 1 ? f : 0];
+            __m512i& sum = acc[t][row][kScaled ? f : 0];
             sum = _mm512_dpbusd_epi32(sum, digits[t][f], xs);
           }
         }
@@ -77,8 +102,13 @@ struct Vnni {
     for (int t = 0; t < kTileCount; ++t) {
       for (int row = 0; row < kRows; ++row) {
         __m512i sum = acc[t][row][0];
-        for (int i = 1; i < kSums; ++i) sum = _mm512_add_epi32(sum, acc[t][row][i]);
-        store_tile(m, tile + size_t(t), token + size_t(row), sum, sums[row]);
+        if constexpr (kScaled) {
+          sum = _mm512_add_epi32(sum, unscale<1>(acc[t][row][1]));
+          sum = _mm512_add_epi32(sum, unscale<2>(acc[t][row][2]));
+          sum = _mm512_add_epi32(sum, unscale<3>(acc[t][row][3]));
+          if constexpr (kDigits == 5) sum = _mm512_add_epi32(sum, unscale<4>(acc[t][row][4]));
+        }
+        store_tile(m, tile + size_t(t) * step, token + size_t(row), sum, sums[row]);
       }
     }
   }

@@ -33,18 +33,19 @@ inline void store_tile(const TernaryMatmul& m, size_t tile, size_t token, const 
 }
 
 template <class Kernel, int kTiles, int kGroup>
-void run_group(const TernaryMatmul& m, size_t tile, size_t token, size_t count, const int32_t* sums) {
+void run_group(const TernaryMatmul& m, size_t tile, size_t step, size_t token, size_t count, const int32_t* sums) {
   for (; count >= size_t{kGroup}; count -= kGroup, token += kGroup, sums += kGroup) {
-    Kernel::template product<kTiles, kGroup>(m, tile, token, sums);
+    Kernel::template product<kTiles, kGroup>(m, tile, step, token, sums);
   }
   if constexpr (kGroup > 1) {
-    if (count > 0) run_group<Kernel, kTiles, kGroup / 2>(m, tile, token, count, sums);
+    if (count > 0) run_group<Kernel, kTiles, kGroup / 2>(m, tile, step, token, count, sums);
   }
 }
 
 /// y for a run of tiles and every row of x. A kernel gives its block's columns, the most tiles and rows of x that it
-/// takes at once, `row_sum`, and `product<tiles, group>`, which computes and stores; it decodes a block of weights once
-/// for the group. acc = sum(u * x) - sum(x) with u = code + 1, which is unsigned as the byte products want it.
+/// takes at once, `row_sum`, and `product<tiles, group>`, which computes and stores tiles `step` apart; it decodes a
+/// block of weights once for the group. acc = sum(u * x) - sum(x) with u = code + 1, which is unsigned as the byte
+/// products want it.
 template <class Kernel>
 void run_tiles(const TernaryMatmul& m, size_t first, size_t end) {
   int32_t sums[kChunkRows];
@@ -53,14 +54,14 @@ void run_tiles(const TernaryMatmul& m, size_t first, size_t end) {
     for (size_t i = 0; i < count; ++i) {
       sums[i] = Kernel::row_sum(m.x + (token + i) * m.x_stride, m.blocks * Kernel::kBlockCols);
     }
-    size_t tile = first;
-    if constexpr (Kernel::kTiles > 1) {
-      // One row of x is a matter of memory, and one stream a thread reads it best.
-      for (; count > 1 && tile + 2 <= end; tile += 2) {
-        run_group<Kernel, 2, Kernel::kGroup>(m, tile, token, count, sums);
-      }
+    // Several tiles at once lie apart, each at the head of a linear stream.
+    const size_t step = (end - first) / Kernel::kTiles;
+    for (size_t tile = first; tile < first + step; ++tile) {
+      run_group<Kernel, Kernel::kTiles, Kernel::kGroup>(m, tile, step, token, count, sums);
     }
-    for (; tile < end; ++tile) run_group<Kernel, 1, Kernel::kGroup>(m, tile, token, count, sums);
+    for (size_t tile = first + step * Kernel::kTiles; tile < end; ++tile) {
+      run_group<Kernel, 1, Kernel::kGroup>(m, tile, 0, token, count, sums);
+    }
   }
 }
 

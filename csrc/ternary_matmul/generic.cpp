@@ -23,7 +23,7 @@ struct Scalar {
   }
 
   template <int, int kRows>
-  static void product(const TernaryMatmul& m, size_t tile, size_t token, const int32_t* sums) {
+  static void product(const TernaryMatmul& m, size_t tile, size_t, size_t token, const int32_t* sums) {
     int32_t acc[kRows][kTileRows] = {};
     const uint8_t* packed = m.packed + tile * m.blocks * kBlockBytes;
     for (size_t block = 0; block < m.blocks; ++block, packed += kBlockBytes) {
