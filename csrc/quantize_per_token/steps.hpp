@@ -50,8 +50,9 @@ struct RowScale {
   }
 };
 
-/// Quantises rows through `Steps`: `inverse_rms(row, x)`, `largest(x, gain, r)`, `round(x, gain, r, inverse, codes)`,
-/// `normalise(x, gain, r, y)`; v = (x * r) * gain where r is a number and x where it is null.
+/// Quantises rows through `Steps`: `inverse_rms(x, d, eps)`, `largest(x, gain, r, d)`, which gives the bits of the
+/// largest |v|, `round(x, gain, r, inverse, d, codes)` and `normalise(x, gain, r, d, y)`; v = (x * r) * gain, without
+/// the gain where that is null. A row that is not to be normalised has r = 1 and no gain, which changes no bit of it.
 template <class Steps>
 void quantize_rows(const TokenRows& t, size_t first, size_t end) {
   for (size_t row = first; row < end; ++row) {

@@ -52,7 +52,7 @@ class PackedMatrix:
     codes and multiplies through numpy: correct, and slow.
     """
 
-    __slots__ = ("_address", "_codes", "_format_id", "_packed", "_product", "cols", "format", "nbytes", "rows", "width")
+    __slots__ = ("_address", "_format_id", "_held", "_product", "cols", "format", "nbytes", "rows", "width")
 
     #: Rows and columns of the matrix.
     rows: int
@@ -79,25 +79,25 @@ class PackedMatrix:
         self.width = record.padded(rows, cols)[1]
         self._format_id = FORMAT_IDS[fmt]
         library = load()
-        self._packed = self._codes = self._address = self._product = None
-        if library is None:
-            self._codes = spec.unpack(record, packed, rows, cols)
-        else:
-            self._packed, self._address = packed, packed.ctypes.data
-            self._product = library.ternary_matmul
+        # Bytes of the layout, or int8 codes where there is no library to read it.
+        self._held = spec.unpack(record, packed, rows, cols) if library is None else packed
+        self._address = self._held.ctypes.data
+        self._product = None if library is None else library.ternary_matmul
 
     @classmethod
     def from_codes(cls, codes: np.ndarray, fmt: str = "i2") -> "PackedMatrix":
         """Packs codes int8 [rows, cols], each -1, 0 or 1. Raises ThriftyError for others."""
         if fmt not in KERNEL_FORMATS:
             raise ThriftyError(f"[ternary_matmul] format must be one of {', '.join(KERNEL_FORMATS)}; got '{fmt}'")
-        return cls(pack(fmt, codes), *codes.shape, fmt)
+        packed = pack(fmt, codes)
+        rows, cols = codes.shape
+        return cls(packed, rows, cols, fmt)
 
     def codes(self) -> np.ndarray:
         """The codes again: int8 [rows, cols]."""
-        if self._packed is None:
-            return self._codes.copy()
-        return unpack(self.format, self._packed, self.rows, self.cols)
+        if self._product is None:
+            return self._held.copy()
+        return unpack(self.format, self._held, self.rows, self.cols)
 
     def __reduce__(self):
         return PackedMatrix.from_codes, (self.codes(), self.format)
@@ -133,7 +133,7 @@ class PackedMatrix:
             out = np.empty((n, self.rows), np.float32)
         else:
             _check_floats("out", out, (n, self.rows))
-        if self._packed is None:
+        if self._product is None:
             out[...] = self._multiply_codes(x_codes, x_scales, scales, bias)
             return out
         if stride < self.width:
@@ -199,7 +199,7 @@ class PackedMatrix:
     def _multiply_codes(self, x_codes, x_scales, scales, bias) -> np.ndarray:
         # float32 holds every partial sum of this many columns exactly, and numpy multiplies floats far faster.
         exact = 2**24 // 128
-        x, w = x_codes[:, : self.cols], self._codes
+        x, w = x_codes[:, : self.cols], self._held
         if self.cols > exact:
             return spec.ternary_matmul(x, x_scales, w, scales, bias)
         y = (x.astype(np.float32) @ w.astype(np.float32).T) * (x_scales[:, None] * scales.reshape(1, -1))

@@ -25,7 +25,7 @@ def quantize_per_token(
     if load() is None:
         return _spec_quantize(x, gain, eps, norm)
     codes, scales = np.empty((n, d), np.int8), np.empty(n, np.float32)
-    quantize_into(_address(x), _address(gain), eps, norm, n, d, _address(codes), d, _address(scales), n_threads)
+    quantize_into(x.ctypes.data, _address(gain), eps, norm, n, d, codes.ctypes.data, d, scales.ctypes.data, n_threads)
     return codes, scales
 
 
@@ -73,7 +73,7 @@ def rms_norm(
         out[...] = spec.rms_norm(x, gain, eps)
         return out
     threads = default_threads() if n_threads is None else n_threads
-    status = library.rms_norm(_address(x), _address(gain), eps, n, d, _address(out), threads)
+    status = library.rms_norm(x.ctypes.data, _address(gain), eps, n, d, out.ctypes.data, threads)
     library.check("rms_norm", status)
     return out
 
@@ -101,7 +101,7 @@ def _check(op: str, x: np.ndarray, gain: np.ndarray | None) -> tuple[int, int]:
 def _spec_quantize(x: np.ndarray, gain: np.ndarray | None, eps: float, norm: bool) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(all="ignore"):
         y = spec.rms_norm(x, gain, eps) if norm else x
-        bad = ~np.isfinite(y).all(-1)
+        largest = np.abs(y).max(-1)
+        bad = ~np.isfinite(largest)
         codes, scales = spec.quantize_per_token(np.where(bad[:, None], np.float32(0), y), norm=False)
-        scales[bad] = (np.abs(y[bad]).max(-1) / np.float32(127)) if bad.any() else 0
-    return codes, scales
+        return codes, np.where(bad, largest, scales)
