@@ -92,7 +92,9 @@ class Pool {
   void publish(uint64_t ticket) {
     ticket_.store(ticket, std::memory_order_seq_cst);
     if (parked_.load(std::memory_order_seq_cst) > 0) {
-      { std::lock_guard<std::mutex> lock(mutex_); }
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+      }
       wake_.notify_all();
     }
   }
