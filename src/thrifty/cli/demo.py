@@ -80,6 +80,7 @@ def measure(
     prompt = runtime.encode(PROMPT)
     with console.status("running both models greedily"):
         torch_tokens, torch_seconds = greedy_in_torch(trained.model, prompt, GREEDY_TOKENS)
+        _, dense_seconds = greedy_in_torch(dense_twin(trained.model), prompt, GREEDY_TOKENS)
         runtime_tokens, runtime_seconds = greedy_in_runtime(runtime, prompt, GREEDY_TOKENS)
     with console.status("scoring the held-out text with the packed model"):
         packed_bits = runtime.bits_per_byte(corpus.heldout, *heldout_windows(preset.recipe))
@@ -93,12 +94,24 @@ def measure(
         "loss": [[entry["step"], entry["loss"]] for entry in trained.history if "loss" in entry],
         "bits_per_byte": {"torch": trained.record["bits_per_byte"], "packed": packed_bits, **compressed},
         "bytes": {"fp32": 4 * trained.record["parameters"], "packed": (packed / "model.safetensors").stat().st_size},
-        "tokens_per_second": {"torch": GREEDY_TOKENS / torch_seconds, "runtime": GREEDY_TOKENS / runtime_seconds},
+        "tokens_per_second": {
+            "torch": GREEDY_TOKENS / torch_seconds,
+            "torch dense": GREEDY_TOKENS / dense_seconds,
+            "runtime": GREEDY_TOKENS / runtime_seconds,
+        },
         "greedy": {"tokens": GREEDY_TOKENS, "equal": not differing, "first_difference": next(iter(differing), None)},
         "sample": {"prompt": PROMPT, "text": sample},
         "isa": native.isa(),
         "threads": native.default_threads(),
     }
+
+
+def dense_twin(model: Any) -> Any:
+    """A model of the same shape with plain float32 matrices: what torch does when nothing is quantised."""
+    from thrifty.models import ThriftyConfig, ThriftyForCausalLM
+
+    fields = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
+    return ThriftyForCausalLM(ThriftyConfig(**{**fields, "linear": "dense"}))
 
 
 def greedy_in_torch(model: Any, prompt: list[int], count: int) -> tuple[list[int], float]:
