@@ -55,7 +55,8 @@ uint32_t detect() {
   if (!osxsave || !avx) return found;
   constexpr uint64_t ymm = 0x06, zmm = 0xE6;
   const uint64_t state = saved_state();
-  if ((state & ymm) == ymm && has(seven.ebx, 5)) found |= bit(THRIFTY_AVX2);
+  const bool fma = has(one.ecx, 12), f16c = has(one.ecx, 29);
+  if ((state & ymm) == ymm && has(seven.ebx, 5) && fma && f16c) found |= bit(THRIFTY_AVX2);
   const bool f = has(seven.ebx, 16), dq = has(seven.ebx, 17), bw = has(seven.ebx, 30), vl = has(seven.ebx, 31);
   const bool vnni = has(seven.ecx, 11), vbmi = has(seven.ecx, 1);
   if ((state & zmm) == zmm && f && dq && bw && vl && vnni) {

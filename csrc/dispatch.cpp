@@ -15,20 +15,27 @@ namespace {
 constexpr size_t kMatmulGrain = 32 << 10;
 constexpr size_t kQuantizeGrain = 16 << 10;
 
-constexpr Kernels kGeneric = {generic::matmul_i2, generic::matmul_base3, generic::quantize, generic::rms_norm,
-                              generic::read};
+#define THRIFTY_MATMULS(isa, base3_isa) \
+  {isa::matmul_i2, base3_isa::matmul_base3, nullptr, isa::matmul_i8, isa::matmul_i4}
+#define THRIFTY_STEP(isa) isa::float_matmul, isa::rope_cache, isa::attend, isa::attend_chunk, isa::merge_chunks
+
+constexpr Kernels kGeneric = {THRIFTY_MATMULS(generic, generic), generic::quantize, generic::rms_norm,
+                              THRIFTY_STEP(generic), generic::read};
 #if defined(THRIFTY_BUILD_NEON)
-constexpr Kernels kNeon = {neon::matmul_i2, neon::matmul_base3, neon::quantize, neon::rms_norm, generic::read};
+constexpr Kernels kNeon = {THRIFTY_MATMULS(neon, neon), neon::quantize, neon::rms_norm, THRIFTY_STEP(generic),
+                           generic::read};
 #endif
 #if defined(THRIFTY_BUILD_AVX2)
-constexpr Kernels kAvx2 = {avx2::matmul_i2, avx2::matmul_base3, avx2::quantize, avx2::rms_norm, generic::read};
+constexpr Kernels kAvx2 = {THRIFTY_MATMULS(avx2, avx2), avx2::quantize, avx2::rms_norm, THRIFTY_STEP(avx2),
+                           generic::read};
 #endif
 #if defined(THRIFTY_BUILD_AVX512)
-constexpr Kernels kAvx512 = {avx512::matmul_i2, avx512::matmul_base3, avx512::quantize, avx512::rms_norm, avx512::read};
+constexpr Kernels kAvx512 = {THRIFTY_MATMULS(avx512, avx512), avx512::quantize, avx512::rms_norm, THRIFTY_STEP(avx512),
+                             avx512::read};
 #endif
 #if defined(THRIFTY_BUILD_AVX512_VBMI)
-constexpr Kernels kAvx512Vbmi = {avx512::matmul_i2, avx512_vbmi::matmul_base3, avx512::quantize, avx512::rms_norm,
-                                 avx512::read};
+constexpr Kernels kAvx512Vbmi = {THRIFTY_MATMULS(avx512, avx512_vbmi), avx512::quantize, avx512::rms_norm,
+                                 THRIFTY_STEP(avx512), avx512::read};
 #endif
 
 struct Isa {
@@ -70,13 +77,14 @@ int best() {
   return isa;
 }
 
-const Kernels& kernels() { return *kIsas[thrifty_isa_selected()].kernels; }
-
 bool valid_rows(const void* x, int64_t n, int64_t d, const void* out) {
   return x && out && n >= 0 && d > 0 && d <= kMostCols;
 }
 
 }  // namespace
+
+const Kernels& kernels() { return *kIsas[thrifty_isa_selected()].kernels; }
+
 }  // namespace thrifty
 
 using namespace thrifty;
@@ -133,25 +141,18 @@ int thrifty_isa_select(const char* name) {
 int thrifty_ternary_matmul(int format, const uint8_t* packed, int64_t rows, int64_t cols, const float* w_scale,
                            int64_t n_w_scales, const float* bias, const int8_t* x, int64_t x_stride,
                            const float* x_scales, int64_t n, float* y, int n_threads) {
-  if (format != THRIFTY_I2 && format != THRIFTY_BASE3) return THRIFTY_BAD_FORMAT;
-  if (!valid_shape(rows, cols) || !packed || !w_scale || !x_scales || !valid_rows(x, n, cols, y))
+  if (!valid_format(format) || format == THRIFTY_ROW_BLOCK) return THRIFTY_BAD_FORMAT;
+  if (!valid_shape(rows, cols) || cols > kFormats[format].most_cols || !packed || !w_scale || !x_scales ||
+      !valid_rows(x, n, cols, y))
     return THRIFTY_BAD_ARGUMENT;
   const size_t block_cols = kFormats[format].col_multiple;
   const size_t padded = round_up(size_t(cols), block_cols);
   if ((n_w_scales != 1 && n_w_scales != rows) || x_stride < int64_t(padded)) return THRIFTY_BAD_ARGUMENT;
   if (n == 0) return THRIFTY_OK;
-  const TernaryMatmul m{packed,
-                        padded / block_cols,
-                        size_t(rows),
-                        w_scale,
-                        n_w_scales != 1,
-                        bias,
-                        x,
-                        size_t(x_stride),
-                        x_scales,
-                        size_t(n),
-                        y};
-  const auto run = format == THRIFTY_I2 ? kernels().matmul_i2 : kernels().matmul_base3;
+  const TernaryMatmul m{
+      packed, padded / block_cols, size_t(rows), w_scale,   n_w_scales != 1,
+      x,      size_t(x_stride),    x_scales,     size_t(n), {y, size_t(rows), size_t(rows), bias, THRIFTY_STORE, 0}};
+  const auto run = kernels().matmul[format];
   // Kernels take tiles in pairs, so a range never ends in the middle of one.
   const size_t tiles = round_up(m.rows, kTileRows) / kTileRows;
   run_ranges(round_up(tiles, 2) / 2, 2 * m.blocks * kBlockBytes * m.n, kMatmulGrain, n_threads,
@@ -163,7 +164,7 @@ int thrifty_quantize_per_token(const float* x, const float* gain, float eps, int
                                int8_t* codes, int64_t stride, float* scales, int n_threads) {
   if (!valid_rows(x, n, d, codes) || !scales || stride < d) return THRIFTY_BAD_ARGUMENT;
   if (n == 0) return THRIFTY_OK;
-  const TokenRows rows{x, gain, eps, norm != 0, size_t(d), codes, size_t(stride), scales, nullptr};
+  const TokenRows rows{x, gain, eps, norm != 0, size_t(d), size_t(d), codes, size_t(stride), scales, nullptr};
   const auto run = kernels().quantize;
   run_ranges(size_t(n), rows.d, kQuantizeGrain, n_threads, [&](size_t first, size_t end) { run(rows, first, end); });
   return THRIFTY_OK;
@@ -172,7 +173,7 @@ int thrifty_quantize_per_token(const float* x, const float* gain, float eps, int
 int thrifty_rms_norm(const float* x, const float* gain, float eps, int64_t n, int64_t d, float* y, int n_threads) {
   if (!valid_rows(x, n, d, y)) return THRIFTY_BAD_ARGUMENT;
   if (n == 0) return THRIFTY_OK;
-  const TokenRows rows{x, gain, eps, true, size_t(d), nullptr, 0, nullptr, y};
+  const TokenRows rows{x, gain, eps, true, size_t(d), size_t(d), nullptr, size_t(d), nullptr, y};
   const auto run = kernels().rms_norm;
   run_ranges(size_t(n), rows.d, kQuantizeGrain, n_threads, [&](size_t first, size_t end) { run(rows, first, end); });
   return THRIFTY_OK;

@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "thrifty.h"
+
 namespace thrifty {
 
 /// Rows of a tile, one per 32-bit lane of a 512-bit register, and bytes of a block: a dword per row.
@@ -12,20 +14,43 @@ constexpr size_t kBlockBytes = 4 * kTileRows;
 /// Columns that a block covers.
 constexpr size_t kI2Cols = 16;
 constexpr size_t kBase3Cols = 20;
+constexpr size_t kI8Cols = 4;
+constexpr size_t kI4Cols = 8;
 
-/// Arguments of thrifty_ternary_matmul, checked.
+/// Where the values of a product go, and what becomes of them on the way.
+struct Output {
+  float* y;
+  size_t stride;
+  size_t cols;
+  const float* bias;
+  int epilogue;
+  int activation;
+};
+
+/// A product with packed weights, its arguments checked.
 struct TernaryMatmul {
   const uint8_t* packed;
   size_t blocks;  // in a tile
   size_t rows;
   const float* w_scale;
   bool scale_per_row;
-  const float* bias;
   const int8_t* x;
   size_t x_stride;
   const float* x_scales;
   size_t n;
-  float* y;
+  Output out;
+};
+
+/// A product with floats as a checkpoint stores them.
+struct FloatMatmul {
+  const void* weights;  // [rows, cols]
+  int dtype;
+  size_t rows;
+  size_t cols;
+  const float* x;
+  size_t x_stride;
+  size_t n;
+  Output out;
 };
 
 /// Arguments of thrifty_quantize_per_token and of thrifty_rms_norm, checked.
@@ -35,28 +60,86 @@ struct TokenRows {
   float eps;
   bool norm;
   size_t d;
+  size_t x_stride;
   int8_t* codes;
-  size_t stride;
+  size_t stride;  // of codes or y
   float* scales;
   float* y;
 };
+
+/// Heads of a layer and how its cache stores them.
+struct Heads {
+  size_t heads;
+  size_t kv_heads;
+  size_t head_dim;
+  size_t layer;
+  int dtype;
+};
+
+struct RopeCache {
+  Heads shape;
+  const thrifty_batch* batch;
+  float* qkv;
+  size_t stride;
+  size_t k_offset;
+  size_t v_offset;
+  const float* cos;
+  const float* sin;
+};
+
+struct Attention {
+  Heads shape;
+  const thrifty_batch* batch;
+  const float* q;
+  size_t q_stride;
+  float* y;
+  size_t y_stride;
+  float scale;
+  float* scratch;
+  size_t most_chunks;  // of a row, in the scratch
+};
+
+/// Positions of a chunk: src/thrifty/spec/attention.py.
+constexpr size_t kChunk = 256;
+/// Queries that are held against a chunk of keys at once.
+constexpr size_t kQueries = 8;
 
 /// What an instruction set brings. Ranges are tiles of the matrix, and rows of x.
 ///
 /// The files behind a table are compiled with flags of their own, so whatever they share must have internal linkage:
 /// the linker keeps one copy of an inline function, and it may be the one an older processor cannot run.
 struct Kernels {
-  void (*matmul_i2)(const TernaryMatmul&, size_t first_tile, size_t end_tile);
-  void (*matmul_base3)(const TernaryMatmul&, size_t first_tile, size_t end_tile);
+  void (*matmul[THRIFTY_FORMAT_COUNT])(const TernaryMatmul&, size_t first_tile, size_t end_tile);
   void (*quantize)(const TokenRows&, size_t first_row, size_t end_row);
   void (*rms_norm)(const TokenRows&, size_t first_row, size_t end_row);
+  void (*float_matmul)(const FloatMatmul&, size_t first_tile, size_t end_tile);
+  /// Items are pairs of a row and a kv head, the head varying first.
+  void (*rope_cache)(const RopeCache&, size_t first_item, size_t end_item);
+  /// Rows of one sequence and one kv head over the whole cache.
+  void (*attend)(const Attention&, size_t row, size_t rows, size_t kv_head);
+  /// One row and kv head over one chunk, into the scratch; and the merge of a row's chunks.
+  void (*attend_chunk)(const Attention&, size_t row, size_t kv_head, size_t chunk);
+  void (*merge_chunks)(const Attention&, size_t row, size_t kv_head);
   uint64_t (*read)(const void* bytes, size_t count, int loop);
 };
+
+/// Of the instruction set in use.
+const Kernels& kernels();
 
 #define THRIFTY_MATMUL(isa)                                            \
   namespace isa {                                                      \
   void matmul_i2(const TernaryMatmul& m, size_t first, size_t end);    \
   void matmul_base3(const TernaryMatmul& m, size_t first, size_t end); \
+  void matmul_i8(const TernaryMatmul& m, size_t first, size_t end);    \
+  void matmul_i4(const TernaryMatmul& m, size_t first, size_t end);    \
+  }
+#define THRIFTY_STEP(isa)                                                          \
+  namespace isa {                                                                  \
+  void float_matmul(const FloatMatmul& m, size_t first, size_t end);               \
+  void rope_cache(const RopeCache& r, size_t first, size_t end);                   \
+  void attend(const Attention& a, size_t row, size_t rows, size_t kv_head);        \
+  void attend_chunk(const Attention& a, size_t row, size_t kv_head, size_t chunk); \
+  void merge_chunks(const Attention& a, size_t row, size_t kv_head);               \
   }
 #define THRIFTY_QUANTIZE(isa)                                     \
   namespace isa {                                                 \
@@ -75,6 +158,9 @@ THRIFTY_QUANTIZE(generic)
 THRIFTY_QUANTIZE(neon)
 THRIFTY_QUANTIZE(avx2)
 THRIFTY_QUANTIZE(avx512)
+THRIFTY_STEP(generic)
+THRIFTY_STEP(avx2)
+THRIFTY_STEP(avx512)
 namespace generic {
 uint64_t read(const void* bytes, size_t count, int loop);
 }
@@ -84,5 +170,6 @@ uint64_t read(const void* bytes, size_t count, int loop);
 
 #undef THRIFTY_MATMUL
 #undef THRIFTY_QUANTIZE
+#undef THRIFTY_STEP
 
 }  // namespace thrifty

@@ -3,6 +3,7 @@
 #include "thrifty.h"
 
 #if defined(_WIN32)
+#include <intrin.h>
 #include <malloc.h>
 #elif defined(__linux__)
 #include <sys/mman.h>
@@ -29,6 +30,24 @@ void* thrifty_buffer_alloc(size_t bytes) {
   if (large) madvise(buffer, bytes, MADV_HUGEPAGE);
 #endif
   return buffer;
+#endif
+}
+
+void thrifty_cache_evict(const void* buffer, size_t bytes) {
+  const char* line = static_cast<const char*>(buffer);
+  for (size_t i = 0; i < bytes; i += kLine) {
+#if defined(_M_X64)
+    _mm_clflush(line + i);
+#elif defined(__x86_64__)
+    __builtin_ia32_clflush(line + i);
+#elif defined(__aarch64__)
+    __asm__ volatile("dc civac, %0" ::"r"(line + i) : "memory");
+#else
+    (void)line;
+#endif
+  }
+#if defined(__x86_64__)
+  __builtin_ia32_mfence();
 #endif
 }
 

@@ -25,16 +25,6 @@ using Clock = std::chrono::steady_clock;
 // another library's threads.
 constexpr std::chrono::microseconds kSpin{50};
 
-void relax() {
-#if defined(_MSC_VER)
-  YieldProcessor();
-#elif defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
-
 /// A thread's run of parts that are still to be claimed, first ... end - 1, in one word with the job they belong to. A
 /// claim is one exchange, which fails when the job has gone; a claimed part keeps its job from ending.
 struct Run {
@@ -186,6 +176,16 @@ Pool* get_pool() {
 }
 
 }  // namespace
+
+void relax() {
+#if defined(_MSC_VER)
+  YieldProcessor();
+#elif defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
 
 void run_parts(int threads, int parts_per_thread, Part part, const void* context) {
   Pool* pool = get_pool();

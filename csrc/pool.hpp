@@ -17,6 +17,9 @@ constexpr int kMostPartsPerThread = 4;
 /// has the pool, or threads cannot be made, the calling thread runs what is left.
 void run_parts(int threads, int parts_per_thread, Part part, const void* context);
 
+/// A turn of waiting for another thread.
+void relax();
+
 /// Calls `body(begin, end)` on contiguous runs of 0 ... count - 1, where an index is worth `work` units, on at most
 /// `n_threads` threads. A run is worth `grain` units or more: below that, waking a thread costs more than it brings.
 template <class Body>

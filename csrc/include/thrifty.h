@@ -21,7 +21,7 @@ extern "C" {
 #endif
 
 /* Raised when a signature below changes; the loader refuses any other number. */
-#define THRIFTY_ABI_VERSION 1
+#define THRIFTY_ABI_VERSION 2
 
 enum thrifty_status {
   THRIFTY_OK = 0,
@@ -38,14 +38,21 @@ enum thrifty_status {
 enum thrifty_isa {
   THRIFTY_GENERIC = 0,
   THRIFTY_NEON = 1,
-  THRIFTY_AVX2 = 2,
+  THRIFTY_AVX2 = 2,        /* and FMA, F16C */
   THRIFTY_AVX512 = 3,      /* F, BW, VL, DQ, VNNI */
   THRIFTY_AVX512_VBMI = 4, /* and VBMI */
   THRIFTY_ISA_COUNT = 5
 };
 
-/* Number formats, as src/thrifty/spec/formats.py defines them. Kernels read the first two. */
-enum thrifty_format { THRIFTY_I2 = 0, THRIFTY_BASE3 = 1, THRIFTY_ROW_BLOCK = 2, THRIFTY_FORMAT_COUNT = 3 };
+/* Number formats, as src/thrifty/spec/formats.py defines them. Kernels read all but ROW_BLOCK. */
+enum thrifty_format {
+  THRIFTY_I2 = 0,
+  THRIFTY_BASE3 = 1,
+  THRIFTY_ROW_BLOCK = 2,
+  THRIFTY_I8 = 3,
+  THRIFTY_I4 = 4,
+  THRIFTY_FORMAT_COUNT = 5
+};
 
 THRIFTY_API int thrifty_abi_version(void);
 THRIFTY_API const char* thrifty_status_text(int status);
@@ -65,13 +72,18 @@ THRIFTY_API void thrifty_buffer_free(void* buffer);
 
 /* Bytes of a packed matrix, padding included; 0 for a bad format or shape. */
 THRIFTY_API size_t thrifty_pack_size(int format, int64_t rows, int64_t cols);
-/* packed = bytes of codes int8 [rows, cols], each -1, 0 or 1. */
+/* packed = bytes of codes int8 [rows, cols], each among the format's. */
 THRIFTY_API int thrifty_pack(int format, int64_t rows, int64_t cols, const int8_t* codes, uint8_t* packed);
 THRIFTY_API int thrifty_unpack(int format, int64_t rows, int64_t cols, const uint8_t* packed, int8_t* codes);
 
+/* The tiles of a ROW_BLOCK matrix [rows, cols] in I2 or BASE3: tile t goes to tile first_tile + t * tile_step of
+ * `packed`, so that several matrices can be stacked, or interleaved, in one. */
+THRIFTY_API int thrifty_repack(int format, const uint8_t* row_block, int64_t rows, int64_t cols, uint8_t* packed,
+                               int64_t first_tile, int64_t tile_step, int n_threads);
+
 /* y = float(x . w^T) * (x_scale * w_scale) + bias, the product exact in int32.
- * packed: I2 or BASE3 of [rows, cols]; w_scale: [n_w_scales], 1 or rows; bias: [rows] or NULL; x: int8 [n, x_stride],
- * readable and zero from cols to the format's padded cols; x_scales: [n]; y: [n, rows]. */
+ * packed: any format but ROW_BLOCK of [rows, cols]; w_scale: [n_w_scales], 1 or rows; bias: [rows] or NULL; x: int8 [n,
+ * x_stride], readable and zero from cols to the format's padded cols; x_scales: [n]; y: [n, rows]. */
 THRIFTY_API int thrifty_ternary_matmul(int format, const uint8_t* packed, int64_t rows, int64_t cols,
                                        const float* w_scale, int64_t n_w_scales, const float* bias, const int8_t* x,
                                        int64_t x_stride, const float* x_scales, int64_t n, float* y, int n_threads);
@@ -90,6 +102,96 @@ THRIFTY_API int thrifty_rms_norm(const float* x, const float* gain, float eps, i
  * The buffer is cut between threads as a matrix is. */
 THRIFTY_API int thrifty_read_bandwidth(const void* buffer, size_t bytes, int loop, int n_threads,
                                        double* bytes_per_second);
+/* Drops a buffer from the processor's caches where it has an instruction for that, so that the next reading is timed
+ * from memory. */
+THRIFTY_API void thrifty_cache_evict(const void* buffer, size_t bytes);
+
+/* ---- A step: a program of ops over buffers of the caller, run as one job of the pool. ---- */
+
+/* Floats as tables, matrices and caches store them; INT8 is for caches only, with a scale per position and head. */
+enum thrifty_dtype { THRIFTY_F32 = 0, THRIFTY_BF16 = 1, THRIFTY_F16 = 2, THRIFTY_INT8 = 3 };
+
+enum thrifty_activation {
+  THRIFTY_SILU = 0,
+  THRIFTY_GELU = 1,
+  THRIFTY_GELU_TANH = 2,
+  THRIFTY_RELU = 3,
+  THRIFTY_RELU2 = 4
+};
+
+/* What a product does with a value v of column c. GATE_UP: tiles of 16 rows alternate between gate and up, and
+ * y = act(gate) * up. */
+enum thrifty_epilogue { THRIFTY_STORE = 0, THRIFTY_ADD = 1, THRIFTY_ACT = 2, THRIFTY_GATE_UP = 3 };
+
+/* Keys and values of one sequence: base, aligned to 64 bytes, of thrifty_cache_size bytes for `capacity` positions,
+ * a multiple of THRIFTY_CACHE_BLOCK. Nothing needs to be zero. Where the keys of a layer lie is the library's affair,
+ * and depends on dtype, kv_heads and head_dim. */
+#define THRIFTY_CACHE_BLOCK 64
+typedef struct thrifty_slot {
+  void* base;
+  int64_t capacity;
+} thrifty_slot;
+THRIFTY_API size_t thrifty_cache_size(int dtype, int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t capacity);
+
+/* The rows of a step: one of each of several sequences, a stretch of one, or both. Rows of a sequence are adjacent and
+ * in order. `outputs`: rows that go on after an op with THRIFTY_GATHER. */
+typedef struct thrifty_batch {
+  int64_t n;
+  const int32_t* tokens;    /* [n] */
+  const int32_t* positions; /* [n] in the sequence */
+  const int32_t* slots;     /* [n] */
+  int64_t n_outputs;
+  const int32_t* outputs; /* [n_outputs] */
+  int64_t n_caches;
+  const thrifty_slot* caches; /* [n_caches] */
+} thrifty_batch;
+
+/* An op begins when the one before it is done. PRIVATE stands on a QUANTIZE or RMS_NORM and on the product after it,
+ * which alone reads it: of one row, every thread that has a part in the product makes a copy of its own, in the
+ * buffer's row `thread`, for less than it costs to wait for another's. */
+enum thrifty_op_flags {
+  THRIFTY_PRIVATE = 1,
+  THRIFTY_GATHER = 2,  /* input rows are outputs[i] */
+  THRIFTY_OUTPUTS = 4, /* the op has n_outputs rows */
+  THRIFTY_NORM = 8     /* QUANTIZE: rms_norm first */
+};
+
+/* The fields of each op, in the order of n; f; p. Strides are in elements.
+ * EMBED         table rows, d, dtype, x stride;; table, x
+ * QUANTIZE      d, x stride, codes stride; eps; x, gain or NULL, codes int8, scales
+ * RMS_NORM      d, x stride, y stride; eps; x, gain or NULL, y
+ * MATMUL        format, rows, cols, x stride, y stride, y cols, epilogue, activation;; packed, w_scale [rows padded to
+ *               16], bias alike or NULL, codes, scales, y
+ * FLOAT_MATMUL  the same with a dtype for the format;; weights [rows, cols], NULL, bias or NULL, x, NULL, y
+ * ROPE_CACHE    heads, kv heads, head dim, layer, cache dtype, qkv stride, k offset, v offset;; qkv, cos, sin
+ *               [positions, head dim / 2]. Turns q where it is; k and v go to the caches.
+ * ATTENTION     heads, kv heads, head dim, layer, cache dtype, q stride, y stride, scratch; scale; q, y, scratch:
+ *               floats, at least (round_up(head dim, 16) + 16) * heads * chunks of 256 positions for each row that
+ *               is to be split between threads. */
+enum thrifty_op_code {
+  THRIFTY_OP_EMBED = 0,
+  THRIFTY_OP_QUANTIZE = 1,
+  THRIFTY_OP_RMS_NORM = 2,
+  THRIFTY_OP_MATMUL = 3,
+  THRIFTY_OP_FLOAT_MATMUL = 4,
+  THRIFTY_OP_ROPE_CACHE = 5,
+  THRIFTY_OP_ATTENTION = 6,
+  THRIFTY_OP_COUNT = 7
+};
+typedef struct thrifty_op {
+  int32_t code;
+  int32_t flags;
+  int64_t n[8];
+  float f[2];
+  void* p[6];
+} thrifty_op;
+
+#define THRIFTY_MOST_OPS 4096
+
+/* Runs a program on a batch. seconds: [n_ops] or NULL, the time of each op on the first thread, waiting included.
+ * n_ops: at most THRIFTY_MOST_OPS. Results depend neither on n_threads nor, row by row, on the rest of the batch. */
+THRIFTY_API int thrifty_run(const thrifty_op* ops, int64_t n_ops, const thrifty_batch* batch, int n_threads,
+                            double* seconds);
 
 #ifdef __cplusplus
 }

@@ -56,7 +56,7 @@ struct RowScale {
 template <class Steps>
 void quantize_rows(const TokenRows& t, size_t first, size_t end) {
   for (size_t row = first; row < end; ++row) {
-    const float* x = t.x + row * t.d;
+    const float* x = t.x + row * t.x_stride;
     int8_t* codes = t.codes + row * t.stride;
     const float* gain = t.norm ? t.gain : nullptr;
     const float r = t.norm ? Steps::inverse_rms(x, t.d, t.eps) : 1.0f;
@@ -74,8 +74,8 @@ void quantize_rows(const TokenRows& t, size_t first, size_t end) {
 template <class Steps>
 void normalise_rows(const TokenRows& t, size_t first, size_t end) {
   for (size_t row = first; row < end; ++row) {
-    const float* x = t.x + row * t.d;
-    Steps::normalise(x, t.gain, Steps::inverse_rms(x, t.d, t.eps), t.d, t.y + row * t.d);
+    const float* x = t.x + row * t.x_stride;
+    Steps::normalise(x, t.gain, Steps::inverse_rms(x, t.d, t.eps), t.d, t.y + row * t.stride);
   }
 }
 

@@ -5,6 +5,8 @@ namespace {
 
 struct I2 {
   static constexpr int kDigits = 4;
+  static constexpr int kBits = 2;
+  static constexpr int kOffset = 1;
 
   template <bool kScaled>
   static void digits(__m512i block, __m512i* out) {
@@ -18,6 +20,8 @@ struct I2 {
 /// Without byte permutes over 128 entries: byte = 81 d4 + 9 q + m, and q and m, both below 9, are looked up.
 struct Base3 {
   static constexpr int kDigits = 5;
+  static constexpr int kBits = 2;
+  static constexpr int kOffset = 1;
 
   /// Tables of the low and the high digit of 0 ... 8, times what the digit is worth.
   static __m512i low(char worth) {
@@ -52,12 +56,38 @@ struct Base3 {
   }
 };
 
+struct I8 {
+  static constexpr int kDigits = 1;
+  static constexpr int kBits = 8;
+  static constexpr int kOffset = 127;
+
+  template <bool>
+  static void digits(__m512i block, __m512i* out) {
+    out[0] = block;
+  }
+};
+
+struct I4 {
+  static constexpr int kDigits = 2;
+  static constexpr int kBits = 4;
+  static constexpr int kOffset = 7;
+
+  template <bool kScaled>
+  static void digits(__m512i block, __m512i* out) {
+    const __m512i low = _mm512_set1_epi8(15);
+    out[0] = _mm512_and_si512(block, low);
+    out[1] = kScaled ? _mm512_andnot_si512(low, block) : _mm512_and_si512(_mm512_srli_epi16(block, 4), low);
+  }
+};
+
 }  // namespace
 
 namespace avx512 {
 
 void matmul_i2(const TernaryMatmul& m, size_t first, size_t end) { run_tiles<Vnni<I2>>(m, first, end); }
 void matmul_base3(const TernaryMatmul& m, size_t first, size_t end) { run_tiles<Vnni<Base3>>(m, first, end); }
+void matmul_i8(const TernaryMatmul& m, size_t first, size_t end) { run_tiles<Vnni<I8>>(m, first, end); }
+void matmul_i4(const TernaryMatmul& m, size_t first, size_t end) { run_tiles<Vnni<I4>>(m, first, end); }
 
 }  // namespace avx512
 }  // namespace thrifty

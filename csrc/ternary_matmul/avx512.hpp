@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "../prefetch.hpp"
+#include "../vector/avx512.hpp"
 #include "driver.hpp"
 
 // Spares the copies of accumulators that GCC makes at every turn of a loop.
@@ -26,25 +27,13 @@ inline __m512i field(__m512i bytes) {
   return _mm512_and_si512(kField ? _mm512_srli_epi16(bytes, 2 * kField) : bytes, _mm512_set1_epi8(3));
 }
 
-/// A sum of scaled digits, exactly divided by what digit kDigit was multiplied with: 4^kDigit, or 81 for the fifth.
-template <int kDigit>
+/// A sum of scaled digits of kBits, exactly divided by what digit kDigit was multiplied with: 81 for the fifth.
+template <int kBits, int kDigit>
 inline __m512i unscale(__m512i sum) {
   constexpr uint32_t inverse_of_81 = 0x781948B1u;
   static_assert(81u * inverse_of_81 == 1u, "inverse modulo 2^32");
   if constexpr (kDigit == 4) return _mm512_mullo_epi32(sum, _mm512_set1_epi32(int(inverse_of_81)));
-  return _mm512_srai_epi32(sum, 2 * kDigit);
-}
-
-/// y of a tile from its sixteen sums.
-inline void store_tile(const TernaryMatmul& m, size_t tile, size_t token, __m512i products, int32_t sum) {
-  const size_t first = tile * kTileRows;
-  const size_t count = m.rows - first < kTileRows ? m.rows - first : kTileRows;
-  const __mmask16 lanes = __mmask16((1u << count) - 1);
-  const __m512 w_scale = m.scale_per_row ? _mm512_maskz_loadu_ps(lanes, m.w_scale + first) : _mm512_set1_ps(*m.w_scale);
-  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(m.x_scales[token]), w_scale);
-  __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(products, _mm512_set1_epi32(sum))), scale);
-  if (m.bias) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(lanes, m.bias + first));
-  _mm512_mask_storeu_ps(m.y + token * m.rows + first, lanes, y);
+  return _mm512_srai_epi32(sum, kBits * kDigit);
 }
 
 /// Products with `vpdpbusd`: a dword of weights per row meets one dword of x, broadcast, and no sum crosses lanes.
@@ -57,6 +46,7 @@ inline void store_tile(const TernaryMatmul& m, size_t tile, size_t token, __m512
 template <class Decode>
 struct Vnni {
   static constexpr int kDigits = Decode::kDigits;
+  static constexpr int kOffset = Decode::kOffset;
   static constexpr size_t kBlockCols = 4 * kDigits;
   static constexpr int kTiles = 2;
   static constexpr int kGroup = 8;
@@ -102,13 +92,14 @@ struct Vnni {
     for (int t = 0; t < kTileCount; ++t) {
       for (int row = 0; row < kRows; ++row) {
         __m512i sum = acc[t][row][0];
-        if constexpr (kScaled) {
-          sum = _mm512_add_epi32(sum, unscale<1>(acc[t][row][1]));
-          sum = _mm512_add_epi32(sum, unscale<2>(acc[t][row][2]));
-          sum = _mm512_add_epi32(sum, unscale<3>(acc[t][row][3]));
-          if constexpr (kDigits == 5) sum = _mm512_add_epi32(sum, unscale<4>(acc[t][row][4]));
+        if constexpr (kScaled && kDigits > 1) sum = _mm512_add_epi32(sum, unscale<Decode::kBits, 1>(acc[t][row][1]));
+        if constexpr (kScaled && kDigits > 2) {
+          sum = _mm512_add_epi32(sum, unscale<Decode::kBits, 2>(acc[t][row][2]));
+          sum = _mm512_add_epi32(sum, unscale<Decode::kBits, 3>(acc[t][row][3]));
         }
-        store_tile(m, tile + size_t(t) * step, token + size_t(row), sum, sums[row]);
+        if constexpr (kScaled && kDigits > 4) sum = _mm512_add_epi32(sum, unscale<Decode::kBits, 4>(acc[t][row][4]));
+        const __m512i exact = _mm512_sub_epi32(sum, _mm512_set1_epi32(sums[row]));
+        finish_tile<Avx512>(m, tile + size_t(t) * step, token + size_t(row), _mm512_cvtepi32_ps(exact));
       }
     }
   }

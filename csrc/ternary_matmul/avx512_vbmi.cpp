@@ -19,6 +19,8 @@ alignas(64) constexpr Table kTable;
 /// byte = 81 d4 + r: two compares give 81 d4, one permute over 128 entries turns r into its digits.
 struct Base3 {
   static constexpr int kDigits = 5;
+  static constexpr int kBits = 2;
+  static constexpr int kOffset = 1;
 
   template <bool kScaled>
   static void digits(__m512i block, __m512i* out) {

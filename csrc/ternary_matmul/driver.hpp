@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "../kernels.hpp"
+#include "../vector/output.hpp"
 
 namespace thrifty {
 namespace {
@@ -16,20 +17,19 @@ inline int32_t load_dword(const int8_t* x) {
   return word;
 }
 
-/// y of one row and lane, in the order of operations that the spec fixes.
-inline float finish(const TernaryMatmul& m, size_t token, size_t row, int32_t acc) {
-  const float scale = m.x_scales[token] * m.w_scale[m.scale_per_row ? row : 0];
-  const float y = float(acc) * scale;
-  return m.bias ? y + m.bias[row] : y;
+/// Stores y of one tile and one row of x, in the order of operations that the spec fixes. acc: the exact products.
+template <class V>
+void finish_tile(const TernaryMatmul& m, size_t tile, size_t token, typename V::F acc) {
+  const size_t first = tile * kTileRows;
+  const auto w_scale = m.scale_per_row ? load_some<V>(m.w_scale + first, m.rows - first) : V::set(*m.w_scale);
+  emit<V>(m.out, tile, token, V::mul(acc, V::mul(V::set(m.x_scales[token]), w_scale)));
 }
 
-/// Stores y of one tile and one row of x; `products` are sums of unsigned digits (code + 1) times x.
-inline void store_tile(const TernaryMatmul& m, size_t tile, size_t token, const int32_t* products, int32_t sum) {
-  const size_t first = tile * kTileRows;
-  const size_t count = m.rows - first < kTileRows ? m.rows - first : kTileRows;
-  for (size_t lane = 0; lane < count; ++lane) {
-    m.y[token * m.rows + first + lane] = finish(m, token, first + lane, products[lane] - sum);
-  }
+/// The same from an array, which is changed: `products` are sums of unsigned digits times x.
+template <class V>
+void store_tile(const TernaryMatmul& m, size_t tile, size_t token, int32_t* products, int32_t sum) {
+  for (size_t lane = 0; lane < kTileRows; ++lane) products[lane] -= sum;
+  finish_tile<V>(m, tile, token, V::load(products));
 }
 
 template <class Kernel, int kTiles, int kGroup>
@@ -44,18 +44,20 @@ void run_group(const TernaryMatmul& m, size_t tile, size_t step, size_t token, s
 
 /// y for a run of tiles and every row of x. A kernel gives its block's columns, the most tiles and rows of x that it
 /// takes at once, `row_sum`, and `product<tiles, group>`, which computes and stores tiles `step` apart; it decodes a
-/// block of weights once for the group. acc = sum(u * x) - sum(x) with u = code + 1, which is unsigned as the byte
-/// products want it.
+/// block of weights once for the group. acc = sum(u * x) - offset * sum(x) with u = code + offset, which is unsigned as
+/// the byte products want it.
 template <class Kernel>
 void run_tiles(const TernaryMatmul& m, size_t first, size_t end) {
   int32_t sums[kChunkRows];
   for (size_t token = 0; token < m.n; token += kChunkRows) {
     const size_t count = m.n - token < kChunkRows ? m.n - token : kChunkRows;
     for (size_t i = 0; i < count; ++i) {
-      sums[i] = Kernel::row_sum(m.x + (token + i) * m.x_stride, m.blocks * Kernel::kBlockCols);
+      sums[i] = Kernel::kOffset * Kernel::row_sum(m.x + (token + i) * m.x_stride, m.blocks * Kernel::kBlockCols);
     }
     // Several tiles at once lie apart, each at the head of a linear stream.
-    const size_t step = (end - first) / Kernel::kTiles;
+    size_t step = (end - first) / Kernel::kTiles;
+    // A gate comes before its up, which the tile after it is.
+    if (m.out.epilogue == THRIFTY_GATE_UP) step -= step % 2;
     for (size_t tile = first; tile < first + step; ++tile) {
       run_group<Kernel, Kernel::kTiles, Kernel::kGroup>(m, tile, step, token, count, sums);
     }

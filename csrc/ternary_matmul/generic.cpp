@@ -1,10 +1,13 @@
+#include "../vector/generic.hpp"
+
 #include "driver.hpp"
 
 namespace thrifty {
 namespace {
 
-template <size_t kCols, unsigned kRadix>
+template <size_t kCols, unsigned kRadix, int kAdded>
 struct Scalar {
+  static constexpr int kOffset = kAdded;
   static constexpr size_t kBlockCols = kCols;
   static constexpr int kTiles = 1;
   static constexpr int kGroup = 8;
@@ -38,7 +41,7 @@ struct Scalar {
         }
       }
     }
-    for (int row = 0; row < kRows; ++row) store_tile(m, tile, token + size_t(row), acc[row], sums[row]);
+    for (int row = 0; row < kRows; ++row) store_tile<Generic>(m, tile, token + size_t(row), acc[row], sums[row]);
   }
 };
 
@@ -46,8 +49,14 @@ struct Scalar {
 
 namespace generic {
 
-void matmul_i2(const TernaryMatmul& m, size_t first, size_t end) { run_tiles<Scalar<kI2Cols, 4>>(m, first, end); }
-void matmul_base3(const TernaryMatmul& m, size_t first, size_t end) { run_tiles<Scalar<kBase3Cols, 3>>(m, first, end); }
+void matmul_i2(const TernaryMatmul& m, size_t first, size_t end) { run_tiles<Scalar<kI2Cols, 4, 1>>(m, first, end); }
+void matmul_base3(const TernaryMatmul& m, size_t first, size_t end) {
+  run_tiles<Scalar<kBase3Cols, 3, 1>>(m, first, end);
+}
+void matmul_i8(const TernaryMatmul& m, size_t first, size_t end) {
+  run_tiles<Scalar<kI8Cols, 256, 127>>(m, first, end);
+}
+void matmul_i4(const TernaryMatmul& m, size_t first, size_t end) { run_tiles<Scalar<kI4Cols, 16, 7>>(m, first, end); }
 
 }  // namespace generic
 }  // namespace thrifty

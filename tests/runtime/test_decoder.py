@@ -81,7 +81,7 @@ def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
 def test_logits_equal_the_spec(tmp_path, variant):
     tiny = write_checkpoint(tmp_path / "model", **VARIANTS[variant])
     tokens = np.random.default_rng(1).integers(0, 300, 40).tolist()
-    assert_close(load(tiny.path).logits(tokens), spec_logits(tiny, tokens))
+    assert_close(load(tiny.path, cache_bits=32).logits(tokens), spec_logits(tiny, tokens))
 
 
 @pytest.mark.parametrize("weight_format", ["i2", "base3"])
@@ -89,27 +89,28 @@ def test_weight_formats_agree_bit_for_bit(tmp_path, weight_format):
     tiny = write_checkpoint(tmp_path / "model")
     tokens = list(range(30))
     np.testing.assert_array_equal(
-        load(tiny.path, weight_format=weight_format).logits(tokens), load(tiny.path).logits(tokens)
+        load(tiny.path, cache_bits=32, weight_format=weight_format).logits(tokens),
+        load(tiny.path, cache_bits=32).logits(tokens),
     )
 
 
 def test_logits_equal_the_spec_over_many_chunks(tmp_path):
     tiny = write_checkpoint(tmp_path / "model")
     tokens = np.random.default_rng(2).integers(0, 300, 600).tolist()
-    assert_close(load(tiny.path).logits(tokens), spec_logits(tiny, tokens))
+    assert_close(load(tiny.path, cache_bits=32).logits(tokens), spec_logits(tiny, tokens))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 63, 128, 257])
 def test_prefill_in_chunks_of_any_size(tmp_path, monkeypatch, rows):
     tiny = write_checkpoint(tmp_path / "model")
     tokens = np.random.default_rng(3).integers(0, 300, 300).tolist()
-    expected = load(tiny.path).logits(tokens)
+    expected = load(tiny.path, cache_bits=32).logits(tokens)
     monkeypatch.setattr(decoder_module, "PREFILL_ROWS", rows)
-    assert_close(load(tiny.path).logits(tokens), expected)
+    assert_close(load(tiny.path, cache_bits=32).logits(tokens), expected)
 
 
 def test_prefill_equals_step_by_step(tmp_path):
-    runtime = load(write_checkpoint(tmp_path / "model").path)
+    runtime = load(write_checkpoint(tmp_path / "model").path, cache_bits=32)
     tokens = np.random.default_rng(4).integers(0, 300, 280).tolist()
     cache = runtime.new_cache()
     steps = np.stack([runtime._decoder.advance([token], cache) for token in tokens])
@@ -117,7 +118,7 @@ def test_prefill_equals_step_by_step(tmp_path):
 
 
 def test_the_future_changes_nothing(tmp_path):
-    runtime = load(write_checkpoint(tmp_path / "model").path)
+    runtime = load(write_checkpoint(tmp_path / "model").path, cache_bits=32)
     tokens = list(range(50))
     changed = [*tokens[:30], 7, *tokens[31:]]
     np.testing.assert_array_equal(runtime.logits(changed)[:30], runtime.logits(tokens)[:30])

@@ -45,6 +45,18 @@ class Folder:
             )
         return codes, np.float32(1) / scale if self.config.storage == "divides" else scale
 
+    def packed(self, linear: str) -> tuple[np.ndarray, np.float32] | None:
+        """The stored bytes (`spec.ROW_BLOCK`) of a linear and the scale that multiplies them; None for latent weights.
+
+        Raises ThriftyError where the scale is invalid.
+        """
+        if self.config.storage == "latent":
+            return None
+        scale = self._scale(linear)
+        return self.tensors[f"{linear}.weight"].data, np.float32(
+            1
+        ) / scale if self.config.storage == "divides" else scale
+
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder; empty where it is absent."""
         path = self.path / name

@@ -33,6 +33,8 @@ def main(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     weight_format: Annotated[str, typer.Option(help="Weights in memory: auto, i2 (2 bits) or base3 (1.6).")] = "auto",
+    head_bits: Annotated[int, typer.Option(help="Bits of the output head in memory: 8, 4, or 16 for as stored.")] = 8,
+    cache_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 32, 16 or 8.")] = 16,
     threads: Annotated[int | None, typer.Option(help="Threads; by default the physical cores.")] = None,
     context: Annotated[int | None, typer.Option(help="Positions to make room for; by default the model's.")] = None,
 ) -> None:
@@ -42,7 +44,15 @@ def main(
     """
     from thrifty.runtime import load
 
-    runtime = load(model, weight_format=weight_format, n_threads=threads, max_context=context)
+    bits = None if head_bits == 16 else head_bits
+    runtime = load(
+        model,
+        weight_format=weight_format,
+        n_threads=threads,
+        max_context=context,
+        head_bits=bits,
+        cache_bits=cache_bits,
+    )
     if prompt == "-":
         prompt = sys.stdin.read()
     begun, count = time.perf_counter(), 0

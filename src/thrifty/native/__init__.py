@@ -15,6 +15,19 @@ from thrifty.native._library import aligned_empty
 from thrifty.native._matmul import ternary_matmul
 from thrifty.native._packed import KERNEL_FORMATS, PackedMatrix, pack, unpack
 from thrifty.native._quantize import quantize_into, quantize_per_token, rms_norm
+from thrifty.native._step import (
+    ACTIVATION_IDS,
+    CACHE_BLOCK,
+    DTYPE_IDS,
+    NO_FLAGS,
+    Epilogue,
+    Op,
+    OpCode,
+    OpFlag,
+    Program,
+    cache_nbytes,
+    repack,
+)
 from thrifty.native._threads import cpu_threads, default_threads
 
 
@@ -63,6 +76,13 @@ def read_bandwidth(buffer: np.ndarray, loop: int, n_threads: int) -> float:
     return result.value
 
 
+def cache_evict(buffer: np.ndarray) -> None:
+    """Drop a contiguous buffer from the processor's caches, so that its next reading comes from memory."""
+    library = _library.load()
+    if library is not None:
+        library.cache_evict(buffer.ctypes.data, buffer.nbytes)
+
+
 def info() -> dict[str, Any]:
     """What `thrifty info` prints: library, instruction sets and threads. Raises as the first call would."""
     library, reason = _library.find()
@@ -78,11 +98,22 @@ def info() -> dict[str, Any]:
 
 
 __all__ = [
+    "ACTIVATION_IDS",
+    "CACHE_BLOCK",
+    "DTYPE_IDS",
     "KERNEL_FORMATS",
+    "NO_FLAGS",
+    "Epilogue",
+    "Op",
+    "OpCode",
+    "OpFlag",
     "PackedMatrix",
+    "Program",
     "aligned_empty",
     "available",
     "built_isas",
+    "cache_evict",
+    "cache_nbytes",
     "cpu_threads",
     "default_threads",
     "detected_isas",
@@ -92,6 +123,7 @@ __all__ = [
     "quantize_into",
     "quantize_per_token",
     "read_bandwidth",
+    "repack",
     "rms_norm",
     "select_isa",
     "ternary_matmul",

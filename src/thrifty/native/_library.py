@@ -12,11 +12,11 @@ import numpy as np
 import thrifty.native
 from thrifty.errors import ThriftyError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FILE_NAME = {"win32": "libthrifty.dll", "darwin": "libthrifty.dylib"}.get(sys.platform, "libthrifty.so")
 
 #: Numbers of the formats in the C interface.
-FORMAT_IDS = {"i2": 0, "base3": 1, "row_block": 2}
+FORMAT_IDS = {"i2": 0, "base3": 1, "row_block": 2, "i8": 3, "i4": 4}
 
 _int, _i64, _size, _float, _pointer = (
     ctypes.c_int,
@@ -41,6 +41,7 @@ _PROTOTYPES = {
     "pack_size": (_size, _int, _i64, _i64),
     "pack": (_int, _int, _i64, _i64, _pointer, _pointer),
     "unpack": (_int, _int, _i64, _i64, _pointer, _pointer),
+    "repack": (_int, _int, _pointer, _i64, _i64, _pointer, _i64, _i64, _int),
     "ternary_matmul": (
         *(_int, _int, _pointer, _i64, _i64, _pointer, _i64, _pointer),
         *(_pointer, _i64, _pointer, _i64, _pointer, _int),
@@ -48,6 +49,9 @@ _PROTOTYPES = {
     "quantize_per_token": (_int, _pointer, _pointer, _float, _int, _i64, _i64, _pointer, _i64, _pointer, _int),
     "rms_norm": (_int, _pointer, _pointer, _float, _i64, _i64, _pointer, _int),
     "read_bandwidth": (_int, _pointer, _size, _int, _int, ctypes.POINTER(ctypes.c_double)),
+    "cache_evict": (None, _pointer, _size),
+    "cache_size": (_size, _int, _i64, _i64, _i64, _i64),
+    "run": (_int, _pointer, _i64, _pointer, _int, _pointer),
 }
 
 

@@ -9,8 +9,9 @@ from thrifty.errors import ThriftyError
 from thrifty.native._library import FORMAT_IDS, aligned_empty, load
 from thrifty.native._threads import default_threads
 
-#: Formats that kernels multiply.
+#: Ternary formats that kernels multiply, and those of output heads.
 KERNEL_FORMATS = ("i2", "base3")
+MATRIX_FORMATS = (*KERNEL_FORMATS, "i8", "i4")
 
 
 def pack(fmt: str, codes: np.ndarray) -> np.ndarray:
@@ -72,8 +73,8 @@ class PackedMatrix:
 
     def __init__(self, packed: np.ndarray, rows: int, cols: int, fmt: str):
         """Takes bytes that `pack` made, uint8 of the format's packed size, contiguous, without copying them."""
-        if fmt not in KERNEL_FORMATS:
-            raise ThriftyError(f"[ternary_matmul] format must be one of {', '.join(KERNEL_FORMATS)}; got '{fmt}'")
+        if fmt not in MATRIX_FORMATS:
+            raise ThriftyError(f"[ternary_matmul] format must be one of {', '.join(MATRIX_FORMATS)}; got '{fmt}'")
         record = spec.FORMATS[fmt]
         self.nbytes = record.nbytes(rows, cols)
         if packed.dtype != np.uint8 or packed.size != self.nbytes or not packed.flags.c_contiguous:
@@ -94,8 +95,8 @@ class PackedMatrix:
     @classmethod
     def from_codes(cls, codes: np.ndarray, fmt: str = "i2") -> "PackedMatrix":
         """Packs codes int8 [rows, cols], each -1, 0 or 1. Raises ThriftyError for others."""
-        if fmt not in KERNEL_FORMATS:
-            raise ThriftyError(f"[ternary_matmul] format must be one of {', '.join(KERNEL_FORMATS)}; got '{fmt}'")
+        if fmt not in MATRIX_FORMATS:
+            raise ThriftyError(f"[ternary_matmul] format must be one of {', '.join(MATRIX_FORMATS)}; got '{fmt}'")
         packed = pack(fmt, codes)
         rows, cols = codes.shape
         return cls(packed, rows, cols, fmt)
@@ -214,7 +215,7 @@ class PackedMatrix:
 
     def _multiply_codes(self, x_codes, x_scales, scales, bias) -> np.ndarray:
         # float32 holds every partial sum of this many columns exactly, and numpy multiplies floats far faster.
-        exact = 2**24 // 128
+        exact = 2**24 // (128 * max(spec.FORMATS[self.format].codes))
         x, w = x_codes[:, : self.cols], self._held
         if self.cols > exact:
             return spec.ternary_matmul(x, x_scales, w, scales, bias)

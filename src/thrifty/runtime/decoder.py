@@ -1,169 +1,145 @@
-"""The arithmetic of a decoder over numpy arrays: tokens in, logits out."""
+"""Tokens in, logits out: a decoder as one native call a step, or on numpy where there is no native library."""
 
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from thrifty import native
-from thrifty.checkpoint import DecoderConfig, Folder, Tensor
-from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD, has_bias, linear_shapes
-from thrifty.runtime.activation import activation
-from thrifty.runtime.attention import attention
-from thrifty.runtime.cache import Cache
-from thrifty.runtime.projection import DenseProjection, Head, TernaryProjection
-from thrifty.runtime.workspace import Workspace
-from thrifty.spec import rope_tables
+from thrifty.checkpoint import DecoderConfig, Folder
+from thrifty.runtime.cache import NativeCache
+from thrifty.runtime.fallback import NumpyDecoder
+from thrifty.runtime.program import DecoderProgram, Options
+from thrifty.runtime.weights import fastest_format
 
 #: Positions computed at a time when a prompt is read; memory does not grow with the prompt.
-PREFILL_ROWS = 128
+PREFILL_ROWS = 512
 #: Positions whose logits are held at a time: a large vocabulary makes them the largest array.
-HEAD_ROWS = 16
+HEAD_ROWS = 32
 
-Projection = TernaryProjection | DenseProjection
+#: Storage of keys and values by the `cache_bits` of `load`.
+CACHE_DTYPES = {32: "F32", 16: "F16", 8: "I8"}
 
 
-class Decoder:
-    """y = head(norm(layers(embed(tokens)))): the one decoder of `thrifty.models` with mixer `attention`.
+class Decoder(Protocol):
+    """What the runtime asks of a decoder; its caches are those of its own `new_cache`."""
 
-    h = x + o(attn_sub_norm(attn(qkv(input_layernorm(x))))); x = h + down(ffn_sub_norm(act(gate z) * up z)), z =
-    post_attention_layernorm(h); `pre` has no sub-norms, `mlp` no gate. Every low-bit linear quantises its input per
-    token; products with one input are stacked into one. The buffers are shared by all sequences; a lock guards them.
-    """
+    config: DecoderConfig
+    max_context: int
 
-    def __init__(self, folder: Folder, weight_format: str, n_threads: int, max_context: int) -> None:
-        config = folder.config
-        self.config = config
+    @property
+    def bytes_per_token(self) -> int: ...
+
+    @property
+    def most_sequences(self) -> int: ...
+
+    def new_cache(self, capacity: int) -> Any: ...
+
+    def advance(self, tokens: Sequence[int], cache: Any) -> np.ndarray: ...
+
+    def advance_batch(self, tokens: Sequence[int], caches: Sequence[Any]) -> np.ndarray: ...
+
+    def logits(self, tokens: Sequence[int], cache: Any) -> Iterator[np.ndarray]: ...
+
+
+class NativeDecoder:
+    """y = head(norm(layers(embed(tokens)))) through `thrifty_run`; the buffers are shared, and a lock guards them."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        weight_format: str,
+        n_threads: int,
+        max_context: int,
+        head_bits: int | None,
+        cache_bits: int,
+    ) -> None:
+        self.config = folder.config
         self.max_context = max_context
-        self._embedding = folder.tensors[EMBEDDING]
-        self._head = Head(folder.tensors[EMBEDDING if config.tie_word_embeddings else HEAD], n_threads)
-        self._final_gain = folder.float32(FINAL_NORM)
-        self._layers = [
-            _Layer(folder, f"model.layers.{layer}.", weight_format, n_threads)
-            for layer in range(config.num_hidden_layers)
-        ]
-        self._cos, self._sin = _rope(config, max_context)
-        self._work = Workspace(config, PREFILL_ROWS, max(p.width for p in self._layers[0].projections))
-        self._one = self._work.rows(1)
+        if weight_format == "auto":
+            weight_format = "i2" if folder.config.linear == "dense" else fastest_format(folder.config, n_threads)
+        self.weight_format = weight_format
+        self._cache_dtype = CACHE_DTYPES[cache_bits]
+        self._rows, self._outputs = PREFILL_ROWS, min(HEAD_ROWS, PREFILL_ROWS)
+        self._decoder = DecoderProgram(
+            folder,
+            Options(weight_format, head_bits, self._cache_dtype, n_threads, max_context, self._rows, self._outputs),
+        )
+        self._program = self._decoder.program
         self._lock = threading.Lock()
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that a decode step reads."""
-        return self._head.nbytes + sum(p.nbytes for layer in self._layers for p in layer.projections)
+        return self._decoder.weight_bytes
 
-    def advance(self, tokens: Sequence[int], cache: Cache) -> np.ndarray:
+    @property
+    def most_sequences(self) -> int:
+        """Sequences that one step of `advance_batch` takes."""
+        return self._outputs
+
+    def new_cache(self, capacity: int) -> NativeCache:
+        """A cache of a sequence of up to `capacity` positions."""
+        return NativeCache(self.config, self._cache_dtype, capacity)
+
+    def advance(self, tokens: Sequence[int], cache: NativeCache) -> np.ndarray:
         """Run `tokens` after those in `cache`, and keep them there. Returns logits float32 [vocab] after the last."""
-        hidden = np.empty(0)
-        for start in range(0, len(tokens), PREFILL_ROWS):
-            hidden = self._forward(tokens[start : start + PREFILL_ROWS], cache)
-        return self._logits(hidden[-1:])[0]
-
-    def logits(self, tokens: Sequence[int], cache: Cache) -> Iterator[np.ndarray]:
-        """Like `advance`, with the logits after every token: float32 [HEAD_ROWS or fewer, vocab], in order."""
-        for start in range(0, len(tokens), PREFILL_ROWS):
-            hidden = self._forward(tokens[start : start + PREFILL_ROWS], cache)
-            for row in range(0, len(hidden), HEAD_ROWS):
-                yield self._logits(hidden[row : row + HEAD_ROWS])
-
-    def _forward(self, tokens: Sequence[int], cache: Cache) -> np.ndarray:
-        """Hidden states float32 [T, hidden] after the final norm, T at most PREFILL_ROWS."""
-        T, first = len(tokens), len(cache)
-        with self._lock, np.errstate(over="ignore", under="ignore"):
-            work = self._one if T == 1 else self._work.rows(T)
-            work.x.array[:] = self._embed(tokens)
-            cos, sin = self._cos[first : first + T], self._sin[first : first + T]
-            for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
-                layer(work, cos, sin, keys, values, first)
-            cache.tokens.extend(tokens)
-            return native.rms_norm(work.x.array, self._final_gain, self.config.rms_norm_eps)
-
-    def _logits(self, hidden: np.ndarray) -> np.ndarray:
         with self._lock:
-            return self._head(hidden)
+            for start in range(0, len(tokens), self._rows):
+                part = tokens[start : start + self._rows]
+                rows = self._fill([(part, cache)])
+                last = start + len(part) == len(tokens)
+                self._program.output_rows[0] = rows - 1
+                self._program.run(rows, 1 if last else 0, [cache.place], end=None if last else self._decoder.head)
+            return self._decoder.logits[0].copy()
 
-    def _embed(self, tokens: Sequence[int]) -> np.ndarray:
-        table = self._embedding
-        return Tensor(table.dtype, table.data[np.asarray(tokens, np.int64)]).float32()
+    def advance_batch(self, tokens: Sequence[int], caches: Sequence[NativeCache]) -> np.ndarray:
+        """One token more for each of several sequences, at most `most_sequences`, in one step: logits [n, vocab]."""
+        with self._lock:
+            rows = self._fill([([token], cache) for token, cache in zip(tokens, caches, strict=True)])
+            self._program.output_rows[:rows] = np.arange(rows)
+            self._program.run(rows, rows, [cache.place for cache in caches])
+            return self._decoder.logits[:rows].copy()
 
+    def logits(self, tokens: Sequence[int], cache: NativeCache) -> Iterator[np.ndarray]:
+        """Like `advance`, with the logits after every token: float32 [HEAD_ROWS or fewer, vocab], in order."""
+        for start in range(0, len(tokens), self._rows):
+            with self._lock:
+                parts = list(self._part_logits(tokens[start : start + self._rows], cache))
+            yield from parts
 
-class _Layer:
-    def __init__(self, folder: Folder, prefix: str, weight_format: str, n_threads: int) -> None:
-        config = folder.config
-        sub_ln, glu = config.norm_placement == "sub_ln", config.feed_forward == "glu"
+    def _part_logits(self, tokens: Sequence[int], cache: NativeCache) -> Iterator[np.ndarray]:
+        rows = self._fill([(tokens, cache)])
+        self._program.run(rows, 0, [cache.place], end=self._decoder.head)
+        for start in range(0, rows, self._outputs):
+            count = min(self._outputs, rows - start)
+            self._program.output_rows[:count] = np.arange(start, start + count)
+            self._program.run(rows, count, [cache.place], begin=self._decoder.head)
+            yield self._decoder.logits[:count].copy()
 
-        def gain(norm: str) -> np.ndarray:
-            return folder.float32(f"{prefix}{norm}.weight")
-
-        def projection(linears: list[str], gain: np.ndarray | None) -> Projection:
-            return _projection(folder, prefix, linears, gain, weight_format, n_threads)
-
-        gate_up = ["mlp.gate_proj", "mlp.up_proj"] if glu else ["mlp.up_proj"]
-        self._qkv = projection([f"self_attn.{x}_proj" for x in "qkv"], gain("input_layernorm"))
-        self._o = projection(["self_attn.o_proj"], gain("self_attn.attn_sub_norm") if sub_ln else None)
-        self._gate_up = projection(gate_up, gain("post_attention_layernorm"))
-        self._down = projection(["mlp.down_proj"], gain("mlp.ffn_sub_norm") if sub_ln else None)
-        self.projections = (self._qkv, self._o, self._gate_up, self._down)
-        self._act = activation(config.hidden_act)
-        self._glu = glu
-        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._head_dim, self._inner = config.head_dim, config.intermediate_size
-
-    def __call__(
-        self, work: Workspace, cos: np.ndarray, sin: np.ndarray, keys: np.ndarray, values: np.ndarray, first: int
-    ) -> None:
-        """Replace `work.x` by the layer's output; keys and values of the new positions go into the cache."""
-        x, added = work.x.array, work.added.array
-        self._qkv(work.x, work.qkv, work)
-        self._attend(work, cos, sin, keys, values, first)
-        self._o(work.attended, work.added, work)
-        np.add(x, added, x)
-        self._gate_up(work.x, work.gate_up, work)
-        gate_up, inner = work.gate_up.array, work.inner.array
-        self._act(gate_up[:, : self._inner], inner)
-        if self._glu:
-            np.multiply(inner, gate_up[:, self._inner :], inner)
-        self._down(work.inner, work.added, work)
-        np.add(x, added, x)
-
-    def _attend(
-        self, work: Workspace, cos: np.ndarray, sin: np.ndarray, keys: np.ndarray, values: np.ndarray, first: int
-    ) -> None:
-        """Turn queries and keys to their positions, keep keys and values, write `work.attended`."""
-        qkv, turned, swapped = work.qkv.array, work.turned.array, work.swapped.array
-        T, split = qkv.shape[0], (self._heads + self._kv_heads) * self._head_dim
-        pairs = qkv[:, :split].reshape(turned.shape)
-        np.multiply(pairs, cos, turned)
-        np.multiply(pairs[:, :, ::-1], sin, swapped)
-        np.add(turned, swapped, turned)
-        turned = turned.reshape(T, -1, self._head_dim)
-        keys[:, first : first + T] = turned[:, self._heads :].transpose(1, 0, 2)
-        values[:, first : first + T] = qkv[:, split:].reshape(T, self._kv_heads, self._head_dim).transpose(1, 0, 2)
-        attention(turned[:, : self._heads], keys, values, first, work.attended.array)
+    def _fill(self, sequences: Sequence[tuple[Sequence[int], NativeCache]]) -> int:
+        """Put the next tokens of some sequences into the batch and into their caches. Returns the number of rows."""
+        program, row = self._program, 0
+        for slot, (tokens, cache) in enumerate(sequences):
+            stop, first = row + len(tokens), len(cache)
+            program.tokens[row:stop] = tokens
+            program.positions[row:stop] = np.arange(first, first + len(tokens))
+            program.slots[row:stop] = slot
+            cache.tokens.extend(tokens)
+            row = stop
+        return row
 
 
-def _projection(
-    folder: Folder, prefix: str, linears: list[str], gain: np.ndarray | None, weight_format: str, n_threads: int
-) -> Projection:
-    """One product of several linears with the same input, their rows stacked."""
-    config = folder.config
-    rows = [linear_shapes(config)[linear][0] for linear in linears]
-    bias = None
-    if has_bias(config, linears[0]):
-        bias = np.concatenate([folder.float32(f"{prefix}{linear}.bias") for linear in linears])
-    if config.linear == "dense":
-        weight = np.concatenate([folder.float32(f"{prefix}{linear}.weight") for linear in linears])
-        return DenseProjection(weight, bias, gain, config.rms_norm_eps)
-    parts = [folder.codes(prefix + linear, n) for linear, n in zip(linears, rows, strict=True)]
-    codes = np.concatenate([codes for codes, _ in parts]) if len(parts) > 1 else parts[0][0]
-    scale = np.array([scale for _, scale in parts], np.float32)
-    if len(parts) > 1:
-        scale = np.repeat(scale, rows)
-    packed = native.PackedMatrix.from_codes(codes, weight_format)
-    return TernaryProjection(packed, scale, bias, gain, config.rms_norm_eps, n_threads)
-
-
-def _rope(config: DecoderConfig, positions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tables [positions, 1, 2, head_dim / 2] so that x * cos + swap(x) * sin is `spec.apply_rope`."""
-    cos, sin = rope_tables(np.arange(positions), config.head_dim, config.rope_theta)
-    return np.stack([cos, cos], 1)[:, None], np.stack([-sin, sin], 1)[:, None]
+def make_decoder(
+    folder: Folder,
+    weight_format: str,
+    n_threads: int,
+    max_context: int,
+    head_bits: int | None = None,
+    cache_bits: int = 16,
+) -> Decoder:
+    """The decoder of a folder; the options are those of `load`."""
+    if native.available():
+        return NativeDecoder(folder, weight_format, n_threads, max_context, head_bits, cache_bits)
+    return NumpyDecoder(folder, max_context, head_bits)

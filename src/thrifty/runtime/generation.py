@@ -46,6 +46,31 @@ class Sampling:
         return int(kept[sample(logits[kept], rng, self.temperature, self.top_k, self.top_p)])
 
 
+class Continuation:
+    """A prompt and the tokens chosen after it."""
+
+    def __init__(
+        self, prompt: list[int], count: int, sampling: Sampling, rng: np.random.Generator, stops: frozenset[int]
+    ) -> None:
+        """count: most tokens to choose; stops: tokens that end it and are left out."""
+        self.seen = list(prompt)
+        self.made: list[int] = []
+        self.count = count
+        self.finished = count == 0
+        self._sampling, self._rng, self._stops = sampling, rng, stops
+
+    def take(self, logits: np.ndarray) -> int | None:
+        """Choose the next token by the logits after the last one; None where it ends the text."""
+        token = self._sampling.choose(logits, self.seen, self._rng)
+        if token in self._stops:
+            self.finished = True
+            return None
+        self.seen.append(token)
+        self.made.append(token)
+        self.finished = len(self.made) == self.count
+        return token
+
+
 @dataclass(frozen=True)
 class Defaults:
     """What generation_config.json (and config.json) say where a caller says nothing."""

@@ -12,7 +12,7 @@ from thrifty.checkpoint.config import ROPE_THETA
 from thrifty.checkpoint.folder import check_tensors
 from thrifty.checkpoint.names import EMBEDDING
 from thrifty.errors import ThriftyError
-from thrifty.runtime.decoder import Decoder
+from thrifty.runtime.decoder import make_decoder
 from thrifty.runtime.generation import Defaults, Sampling
 from thrifty.runtime.runtime import Runtime, load
 
@@ -62,7 +62,9 @@ def _load_state_dict(path: Path, dim_head: int) -> Runtime:
     if config.vocab_size < 256:
         raise _not_a_model(path, f"tokens are bytes, and its vocabulary is {config.vocab_size}")
     check_tensors(path, tensors, config)
-    decoder = Decoder(Folder(path, config, tensors), "i2", native.default_threads(), config.max_position_embeddings)
+    decoder = make_decoder(
+        Folder(path, config, tensors), "auto", native.default_threads(), config.max_position_embeddings, cache_bits=32
+    )
     defaults = Defaults(Sampling(), max_new_tokens=256, bos=None, eos=frozenset())
     return Runtime(decoder, byte_tokenizer(), defaults, Folder(path, config, {}))
 

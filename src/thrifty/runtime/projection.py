@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from thrifty import native
+from thrifty import native, spec
 from thrifty.checkpoint import Tensor
 from thrifty.runtime.workspace import Buffer, Workspace
 
@@ -134,3 +134,24 @@ class Head:
             else:
                 out[:, start:stop] = x @ rows.T
         return out
+
+
+class QuantizedHead:
+    """logits = quantize_per_token(x) W^T with W at 8 or 4 bits and a scale per row, as the native step has it."""
+
+    def __init__(self, weight: Tensor, bits: int) -> None:
+        values, most = weight.float32(), {8: 127, 4: 7}[bits]
+        largest = np.maximum(np.abs(values).max(-1), np.float32(spec.EPS))
+        codes = np.rint(values * (np.float32(most) / largest)[:, None]).astype(np.int8)
+        self._scale = largest / np.float32(most)
+        self._matrix = native.PackedMatrix.from_codes(codes, f"i{bits}")
+        self.nbytes = self._matrix.nbytes
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Logits float32 [T, vocab] for x float32 [T, hidden]."""
+        return self._matrix.matmul(*native.quantize_per_token(x, norm=False), self._scale)
+
+
+def make_head(weight: Tensor, bits: int | None) -> Head | QuantizedHead:
+    """The output head as stored, or at 8 or 4 bits."""
+    return Head(weight) if bits is None else QuantizedHead(weight, bits)

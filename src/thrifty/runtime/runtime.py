@@ -1,4 +1,3 @@
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -9,29 +8,35 @@ from tokenizers import Tokenizer
 
 from thrifty import native
 from thrifty.checkpoint import DecoderConfig, Folder, open_folder
-from thrifty.checkpoint.names import linear_shapes
 from thrifty.errors import ThriftyError
 from thrifty.runtime.cache import Cache
 from thrifty.runtime.chat_template import PLAIN_CHAT_STOPS, render_chat
-from thrifty.runtime.decoder import Decoder
-from thrifty.runtime.generation import Defaults, Sampling
+from thrifty.runtime.decoder import CACHE_DTYPES, Decoder, make_decoder
+from thrifty.runtime.generation import Continuation, Defaults
 from thrifty.runtime.text import pieces, read_tokenizer, until_stop
 from thrifty.spec import CHUNK
 from thrifty.spec.windows import scoring_windows
 
 WEIGHT_FORMATS = ("auto", "i2", "base3")
-#: Bytes of weights at 2 bits from which a step is bound by memory, so that fewer bits are faster.
-_MEMORY_BOUND = 32 << 20
+HEAD_BITS = (None, 8, 4)
 
 
 def load(
-    path: str | Path, *, weight_format: str = "auto", n_threads: int | None = None, max_context: int | None = None
+    path: str | Path,
+    *,
+    weight_format: str = "auto",
+    n_threads: int | None = None,
+    max_context: int | None = None,
+    head_bits: int | None = None,
+    cache_bits: int = 16,
 ) -> "Runtime":
     """A runtime of a checkpoint folder: packed, or latent weights quantised while they are read.
 
-    weight_format: layout of low-bit weights in memory, "i2" (2 bits) or "base3" (1.6 bits); "auto" chooses. n_threads:
-    by default the physical cores this process may use, or THRIFTY_NUM_THREADS. max_context: positions a sequence may
-    have, by default the model's. Raises ThriftyError where the folder or an option is invalid.
+    weight_format: layout of low-bit weights in memory, "i2" (2 bits) or "base3" (1.6 bits); "auto" measures which is
+    faster. n_threads: by default the physical cores this process may use, or THRIFTY_NUM_THREADS. max_context:
+    positions a sequence may have, by default the model's. head_bits: the output head at 8 or 4 bits, or None for as it
+    is stored. cache_bits: keys and values as float32, float16 or 8-bit integers with a scale per position and head.
+    Raises ThriftyError where the folder or an option is invalid.
     """
     folder = open_folder(path)
     config = folder.config
@@ -44,17 +49,13 @@ def load(
         raise ThriftyError(f"[load] max_context must be from 1 to the model's {limit} positions; got {max_context}")
     tokenizer = read_tokenizer(folder.path, config.vocab_size)
     defaults = Defaults.read(folder)
-    if weight_format == "auto":
-        weight_format = fastest_format(config)
-    decoder = Decoder(folder, weight_format, n_threads or native.default_threads(), max_context or limit)
+    if head_bits not in HEAD_BITS:
+        raise ThriftyError(f"[load] head_bits must be 8, 4 or None; got {head_bits!r}")
+    if cache_bits not in CACHE_DTYPES:
+        raise ThriftyError(f"[load] cache_bits must be one of {', '.join(map(str, CACHE_DTYPES))}; got {cache_bits!r}")
+    threads = n_threads or native.default_threads()
+    decoder = make_decoder(folder, weight_format, threads, max_context or limit, head_bits, cache_bits)
     return Runtime(decoder, tokenizer, defaults, folder)
-
-
-def fastest_format(config: DecoderConfig) -> str:
-    """The layout in which a step is fastest: base-3 where weights come from memory and the kernels keep up, else i2."""
-    weights = config.num_hidden_layers * sum(rows * cols for rows, cols in linear_shapes(config).values())
-    keeps_up = native.isa() == "avx512_vbmi"
-    return "base3" if keeps_up and weights / 4 >= _MEMORY_BOUND else "i2"
 
 
 class Runtime:
@@ -132,28 +133,45 @@ class Runtime:
         whose prefix shared with the prompt is not computed again. Raises ThriftyError where prompt and max_new_tokens
         exceed the context, or an option is out of range.
         """
-        tokens = self._prompt(prompt)
-        given = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "repetition_penalty": repetition_penalty,
-        }
-        sampling = replace(self._defaults.sampling, **{k: v for k, v in given.items() if v is not None})
-        count = self._room(tokens, max_new_tokens)
-        if cache is None:
-            capacity = -(-(len(tokens) + count) // CHUNK) * CHUNK
-            cache = Cache(self.config, min(capacity, self.max_context))
-        return self._tokens(tokens, count, sampling, np.random.default_rng(seed), ignore_eos, cache)
+        run = self._begin(prompt, max_new_tokens, seed, ignore_eos, temperature, top_k, top_p, repetition_penalty)
+        return self._tokens(run, self._cache_for(run) if cache is None else cache)
+
+    def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options) -> list[str]:
+        """The continuations of several prompts, made together: reading the weights once a step serves them all.
+
+        Each is what `generate` gives for its prompt alone. Options are those of `generate`, without a cache.
+        """
+        stop = options.pop("stop", ())
+        return ["".join(self.text_of(tokens, stop)) for tokens in self.generate_tokens_batch(prompts, **options)]
+
+    def generate_tokens_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+    ) -> list[list[int]]:
+        """`generate_batch` as token ids: each list is what `generate_tokens` gives for its prompt alone."""
+        choice = (temperature, top_k, top_p, repetition_penalty)
+        runs = [self._begin(prompt, max_new_tokens, seed, ignore_eos, *choice) for prompt in prompts]
+        most = self._decoder.most_sequences
+        for start in range(0, len(runs), most):
+            self._run_together(runs[start : start + most])
+        return [run.made for run in runs]
 
     def new_cache(self) -> Cache:
         """A cache for the whole context, for calls that share a prefix (the turns of a chat)."""
-        return Cache(self.config, self.max_context)
+        return self._decoder.new_cache(self.max_context)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits float32 [T, vocab] after each of the T tokens, given those before it."""
         tokens = self._prompt(tokens)
-        return np.concatenate(list(self._decoder.logits(tokens, Cache(self.config, len(tokens)))))
+        return np.concatenate(list(self._decoder.logits(tokens, self._decoder.new_cache(len(tokens)))))
 
     def perplexity(self, text: str, window: int | None = None, stride: int | None = None) -> float:
         """exp(mean negative log-likelihood per token) of a text, in windows as `bits_per_byte` has them."""
@@ -189,29 +207,41 @@ class Runtime:
         template = self._folder.json("tokenizer_config.json").get("chat_template")
         return template if isinstance(template, str) else None
 
-    def _tokens(
-        self,
-        tokens: list[int],
-        count: int,
-        sampling: Sampling,
-        rng: np.random.Generator,
-        ignore_eos: bool,
-        cache: Cache,
-    ) -> Iterator[int]:
-        if not count:
+    def _begin(
+        self, prompt: str | Sequence[int], max_new_tokens: int | None, seed: int | None, ignore_eos: bool, *choice
+    ) -> Continuation:
+        """choice: temperature, top_k, top_p and repetition_penalty, None where the model's default holds."""
+        tokens = self._prompt(prompt)
+        names = ("temperature", "top_k", "top_p", "repetition_penalty")
+        given = {name: value for name, value in zip(names, choice, strict=True) if value is not None}
+        sampling = replace(self._defaults.sampling, **given)
+        stops = frozenset() if ignore_eos else self._defaults.eos
+        return Continuation(tokens, self._room(tokens, max_new_tokens), sampling, np.random.default_rng(seed), stops)
+
+    def _cache_for(self, run: Continuation) -> Cache:
+        capacity = -(-(len(run.seen) + run.count) // CHUNK) * CHUNK
+        return self._decoder.new_cache(min(capacity, self.max_context))
+
+    def _tokens(self, run: Continuation, cache: Cache) -> Iterator[int]:
+        if run.finished:
             return
-        shared = cache.keep_prefix(tokens)
-        logits = self._decoder.advance(tokens[shared:], cache)
-        seen = list(tokens)
-        for made in itertools.count(1):
-            token = sampling.choose(logits, seen, rng)
-            if token in self._defaults.eos and not ignore_eos:
-                return
-            seen.append(token)
+        shared = cache.keep_prefix(run.seen)
+        logits = self._decoder.advance(run.seen[shared:], cache)
+        while (token := run.take(logits)) is not None:
             yield token
-            if made == count:
+            if run.finished:
                 return
             logits = self._decoder.advance([token], cache)
+
+    def _run_together(self, runs: Sequence[Continuation]) -> None:
+        """Take several continuations to their ends, a step for all that are not there yet."""
+        active = [(run, self._cache_for(run)) for run in runs if not run.finished]
+        for run, cache in active:
+            run.take(self._decoder.advance(run.seen, cache))
+        while active := [(run, cache) for run, cache in active if not run.finished]:
+            logits = self._decoder.advance_batch([run.seen[-1] for run, _ in active], [cache for _, cache in active])
+            for (run, _), row in zip(active, logits, strict=True):
+                run.take(row)
 
     def _prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt, checked; an empty one begins a new sequence."""
@@ -268,7 +298,7 @@ class Runtime:
         for begin, scored, stop in scoring_windows(len(read), window, stride):
             inputs = read[begin : stop - 1].tolist()
             at = begin + 1  # the position that the next row of logits predicts
-            for logits in self._decoder.logits(inputs, Cache(self.config, len(inputs))):
+            for logits in self._decoder.logits(inputs, self._decoder.new_cache(len(inputs))):
                 skip = min(max(0, scored - at), len(logits))
                 nats += _nats(logits[skip:], read[at + skip : at + len(logits)])
                 at += len(logits)

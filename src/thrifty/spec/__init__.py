@@ -4,7 +4,7 @@ Integer results of an implementation equal these bit for bit; floats lie within 
 """
 
 from thrifty.spec.attention import CHUNK, attention
-from thrifty.spec.formats import BASE3, BINARY, FORMATS, I2, ROW_BLOCK, Format, pack, unpack
+from thrifty.spec.formats import BASE3, BINARY, FORMATS, I2, I4, I8, ROW_BLOCK, Format, pack, unpack
 from thrifty.spec.glu import ACTIVATIONS, glu
 from thrifty.spec.quantize_per_token import quantize_per_token, rms_norm
 from thrifty.spec.quantizers import EPS, QMAX, absmean, binary_codes, round_bf16, ternary_codes
@@ -24,6 +24,8 @@ __all__ = [
     "EPS",
     "FORMATS",
     "I2",
+    "I4",
+    "I8",
     "QMAX",
     "ROW_BLOCK",
     "TOLERANCES",

@@ -74,7 +74,11 @@ ROW_BLOCK = Format("row_block", (-1, 0, 1), 4, 2, "row_block")
 #: One bit a weight, columns least significant bit first; a set bit is +1.
 BINARY = Format("binary", (-1, 1), 8, 1, "row")
 
-FORMATS = {f.name: f for f in (I2, BASE3, ROW_BLOCK, BINARY)}
+#: A byte, or half a byte, a weight with a scale per row: output heads, as the kernels stream them.
+I8 = Format("i8", tuple(range(-127, 128)), 1, 8, "tile")
+I4 = Format("i4", tuple(range(-7, 8)), 2, 4, "tile")
+
+FORMATS = {f.name: f for f in (I2, BASE3, ROW_BLOCK, BINARY, I8, I4)}
 
 
 def pack(fmt: Format, codes: np.ndarray) -> np.ndarray:

@@ -1,0 +1,30 @@
+#pragma once
+
+#include "../kernels.hpp"
+#include "math.hpp"
+
+namespace thrifty {
+namespace {
+
+/// Takes the values v of one tile and row of x where they go. A gate tile leaves act(v) in y, and the up tile after it,
+/// which the same thread computes, multiplies it.
+template <class V>
+void emit(const Output& o, size_t tile, size_t token, typename V::F v) {
+  const bool pairs = o.epilogue == THRIFTY_GATE_UP;
+  const size_t first = (pairs ? tile / 2 : tile) * kTileRows;
+  if (first >= o.cols) return;
+  const size_t count = o.cols - first;
+  float* y = o.y + token * o.stride + first;
+  if (o.bias) v = V::add(v, load_some<V>(o.bias + tile * kTileRows, pairs ? kTileRows : count));
+  if (o.epilogue == THRIFTY_ACT || (pairs && tile % 2 == 0)) {
+    v = activate<V>(o.activation, v);
+  } else if (o.epilogue == THRIFTY_ADD) {
+    v = V::add(load_some<V>(y, count), v);
+  } else if (pairs) {
+    v = V::mul(load_some<V>(y, count), v);
+  }
+  store_some<V>(y, count, v);
+}
+
+}  // namespace
+}  // namespace thrifty

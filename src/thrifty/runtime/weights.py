@@ -1,0 +1,184 @@
+"""The matrices of a decoder in the layouts that native ops read."""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from thrifty import native, spec
+from thrifty.checkpoint import DecoderConfig, Folder, Tensor
+from thrifty.checkpoint.names import has_bias, linear_shapes
+from thrifty.native import DTYPE_IDS, NO_FLAGS, Epilogue, Op, OpCode, OpFlag
+from thrifty.spec.formats import TILE_ROWS
+
+#: Bytes of weights below which a model may stay in the processor's caches from step to step.
+CACHED_BYTES = 32 << 20
+#: Rows of a head that are quantised at a time.
+_HEAD_ROWS = 2048
+
+_IDS = {"i2": 0, "base3": 1, "i8": 3, "i4": 4}
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A matrix of one or several linears with the same input, their rows padded to whole tiles of sixteen."""
+
+    #: A native format, or the dtype of stored floats.
+    layout: str
+    #: uint8 [tiles, blocks, 64], or stored floats [tiles * 16, cols].
+    data: np.ndarray
+    cols: int
+    #: float32 [tiles * 16]; scale is None for floats.
+    scale: np.ndarray | None
+    bias: np.ndarray | None
+
+    @property
+    def rows(self) -> int:
+        """Rows with padding."""
+        return self.data.shape[0] * (1 if self.scale is None else TILE_ROWS)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return self.data.nbytes
+
+    @property
+    def width(self) -> int:
+        """Columns that a row of x must have."""
+        return self.cols if self.scale is None else spec.FORMATS[self.layout].padded(1, self.cols)[1]
+
+    def product(
+        self,
+        x: np.ndarray,
+        scales: np.ndarray | None,
+        y: np.ndarray,
+        y_cols: int,
+        epilogue: Epilogue,
+        activation: int = 0,
+        flags: OpFlag = NO_FLAGS,
+    ) -> Op:
+        """The op y = x W^T: x int8 codes [rows, width] with their scales, or float32 [rows, cols] and None."""
+        packed = self.scale is not None
+        layout = _IDS[self.layout] if packed else DTYPE_IDS[self.layout]
+        stride = self.width if packed else x.shape[1]
+        return Op(
+            OpCode.MATMUL if packed else OpCode.FLOAT_MATMUL,
+            (layout, self.rows, self.cols, stride, y.shape[1], y_cols, epilogue, activation),
+            (self.data, self.scale, self.bias, x, scales, y),
+            flags=flags,
+        )
+
+
+def tiles_of(rows: int) -> int:
+    """Tiles of sixteen rows."""
+    return -(-rows // TILE_ROWS)
+
+
+def read_matrix(
+    folder: Folder,
+    prefix: str,
+    linears: list[str],
+    order: Literal["stacked", "interleaved"],
+    weight_format: str,
+    n_threads: int,
+) -> Matrix:
+    """Linears of a layer as one matrix: their tiles one linear after another, or by turns."""
+    config = folder.config
+    rows = [linear_shapes(config)[linear][0] for linear in linears]
+    cols = linear_shapes(config)[linears[0]][1]
+    tiles = [tiles_of(n) for n in rows]
+    firsts = list(range(len(linears))) if order == "interleaved" else np.cumsum([0, *tiles[:-1]]).tolist()
+    step = len(linears) if order == "interleaved" else 1
+    places = [slice(first, first + step * (n - 1) + 1, step) for first, n in zip(firsts, tiles, strict=True)]
+    bias = None
+    if has_bias(config, linears[0]):
+        bias = np.zeros((sum(tiles), TILE_ROWS), np.float32)
+        for linear, place in zip(linears, places, strict=True):
+            bias[place] = _padded(folder.float32(f"{prefix}{linear}.bias"))
+        bias = bias.reshape(-1)
+    if config.linear == "dense":
+        return _float_matrix([folder.tensors[f"{prefix}{linear}.weight"] for linear in linears], places, bias)
+    blocks = spec.FORMATS[weight_format].packed_shape(1, cols)[1]
+    data = native.aligned_empty(sum(tiles) * blocks * 64).reshape(sum(tiles), blocks, 64)
+    scale = np.zeros((sum(tiles), TILE_ROWS), np.float32)
+    for linear, n, place in zip(linears, rows, places, strict=True):
+        stored = folder.packed(prefix + linear)
+        if stored is None:
+            codes, multiplier = folder.codes(prefix + linear, n)
+            data[place] = native.pack(weight_format, codes)
+        else:
+            row_block, multiplier = stored
+            native.repack(weight_format, row_block, n, data, place.start, step, n_threads)
+        scale[place] = _padded(np.full(n, multiplier, np.float32))
+    return Matrix(weight_format, data, cols, scale.reshape(-1), bias)
+
+
+def read_head(tensor: Tensor, bits: int | None) -> Matrix:
+    """An output head as stored, or at 8 or 4 bits with a scale per row: max |w| / 127, or max |w| / 7."""
+    if bits is None:
+        return _float_matrix([tensor], [slice(0, tiles_of(tensor.shape[0]))], None)
+    layout, most = {8: ("i8", 127), 4: ("i4", 7)}[bits]
+    rows, cols = tensor.shape
+    tiles, blocks, _ = spec.FORMATS[layout].packed_shape(rows, cols)
+    data = native.aligned_empty(tiles * blocks * 64).reshape(tiles, blocks, 64)
+    scale = np.zeros(tiles * TILE_ROWS, np.float32)
+    for start in range(0, rows, _HEAD_ROWS):
+        stop = min(start + _HEAD_ROWS, rows)
+        values = Tensor(tensor.dtype, tensor.data[start:stop]).float32()
+        if bits == 8:
+            codes, scale[start:stop] = native.quantize_per_token(values, norm=False)
+        else:
+            largest = np.maximum(np.abs(values).max(-1), np.float32(spec.EPS))
+            codes = np.rint(values * (np.float32(most) / largest)[:, None]).astype(np.int8)
+            scale[start:stop] = largest / np.float32(most)
+        data[start // TILE_ROWS : tiles_of(stop)] = native.pack(layout, codes)
+    return Matrix(layout, data, cols, scale, None)
+
+
+def fastest_format(config: DecoderConfig, n_threads: int) -> str:
+    """'i2' or 'base3', whichever multiplies the model's largest matrix faster here: from memory, unless it is small."""
+    rows, cols = max(linear_shapes(config).values(), key=lambda shape: shape[0] * shape[1])
+    weights = sum(out * inp for out, inp in linear_shapes(config).values()) * config.num_hidden_layers
+    evict = weights // 4 > CACHED_BYTES
+    x, x_scales, y = np.ones((1, -(-cols // 80) * 80), np.int8), np.ones(1, np.float32), np.empty((1, rows), np.float32)
+    seconds: dict[str, list[float]] = {"i2": [], "base3": []}
+    matrices = {}
+    for name in seconds:
+        # Any bytes do: the time does not depend on them.
+        packed = native.aligned_empty(spec.FORMATS[name].nbytes(rows, cols))
+        packed.fill(121)
+        matrices[name] = native.PackedMatrix(packed, rows, cols, name), packed
+    for _ in range(5):
+        for name, (matrix, packed) in matrices.items():
+            if evict:
+                native.cache_evict(packed)
+            start = time.perf_counter()
+            matrix.matmul(x, x_scales, 1.0, n_threads=n_threads, out=y)
+            seconds[name].append(time.perf_counter() - start)
+    return min(seconds, key=lambda name: float(np.median(seconds[name])))
+
+
+def _float_matrix(tensors: list[Tensor], places: list[slice], bias: np.ndarray | None) -> Matrix:
+    dtype = tensors[0].dtype if len({t.dtype for t in tensors}) == 1 and tensors[0].dtype in DTYPE_IDS else "F32"
+    cols = tensors[0].shape[1]
+    stored = tensors[0].data.dtype if dtype != "F32" else np.dtype(np.float32)
+    tiles = sum(tiles_of(t.shape[0]) for t in tensors)
+    data = native.aligned_empty(tiles * TILE_ROWS * cols * stored.itemsize).view(stored)
+    data = data.reshape(tiles, TILE_ROWS, cols)
+    for tensor, place in zip(tensors, places, strict=True):
+        values = tensor.data if tensor.dtype == dtype else tensor.float32()
+        whole = values.shape[0] // TILE_ROWS
+        part = data[place]
+        part[:whole] = values[: whole * TILE_ROWS].reshape(whole, TILE_ROWS, cols)
+        if whole < len(part):
+            part[whole] = 0
+            part[whole, : values.shape[0] - whole * TILE_ROWS] = values[whole * TILE_ROWS :]
+    return Matrix(dtype, data.reshape(-1, cols), cols, None, bias)
+
+
+def _padded(values: np.ndarray) -> np.ndarray:
+    """Values [n] as [tiles, 16], zeros at the end."""
+    out = np.zeros(tiles_of(len(values)) * TILE_ROWS, np.float32)
+    out[: len(values)] = values
+    return out.reshape(-1, TILE_ROWS)
