@@ -55,11 +55,13 @@ def activated(name: str, x: np.ndarray) -> np.ndarray:
     return spec.ACTIVATIONS[name](x)
 
 
-def tiled(values: np.ndarray, order: list[int]) -> np.ndarray:
-    """Rows padded to tiles of 16, the tiles in `order`."""
+def tiled(values: np.ndarray, order: list[int] | None = None) -> np.ndarray:
+    """Rows padded to tiles of 16, the tiles in `order` or as they are."""
     rows = -(-len(values) // 16) * 16
     padded = np.zeros((rows, *values.shape[1:]), values.dtype)
     padded[: len(values)] = values
+    if order is None:
+        return padded
     return padded.reshape(-1, 16, *values.shape[1:])[order].reshape(-1, *values.shape[1:])
 
 
@@ -83,9 +85,9 @@ class TestMatmul:
             w, w_scale, bias, x, scales = self.make(fmt, rows, cols, n)
             expected = spec.ternary_matmul(x[:, :cols], scales, w, w_scale, bias)
             packed, scale, biases = (
-                native.pack(fmt, tiled(w, slice(None))),
-                tiled(w_scale, slice(None)),
-                tiled(bias, slice(None)),
+                native.pack(fmt, tiled(w)),
+                tiled(w_scale),
+                tiled(bias),
             )
             for threads in (1, 2, 3, 7):
                 for epilogue, start in ((Epilogue.STORE, np.nan), (Epilogue.ADD, 0.5)):
@@ -109,7 +111,7 @@ class TestMatmul:
             ups = spec.ternary_matmul(x[:, :cols], scales, up, u_scale, u_bias)
 
             def both(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-                return tiled(np.concatenate([tiled(a, slice(None)), tiled(b, slice(None))]), order)
+                return tiled(np.concatenate([tiled(a), tiled(b)]), order)
 
             packed, scale, bias = native.pack(fmt, both(gate, up)), both(g_scale, u_scale), both(g_bias, u_bias)
             for threads in (1, 2, 3, 7):
@@ -119,9 +121,9 @@ class TestMatmul:
                 y.check()
                 close(y.array, spec.glu(gates, ups, act))
             y = Guarded(n, rows)
-            packed = native.pack(fmt, tiled(gate, slice(None)))
+            packed = native.pack(fmt, tiled(gate))
             numbers = (FORMAT_IDS[fmt], 48, cols, x.shape[1], rows, rows, Epilogue.ACT, ACTIVATION_IDS[act])
-            arrays = (packed, tiled(g_scale, slice(None)), tiled(g_bias, slice(None)), x, scales, y.array)
+            arrays = (packed, tiled(g_scale), tiled(g_bias), x, scales, y.array)
             run(Op(OpCode.MATMUL, numbers, arrays), n, 2)
             close(y.array, activated(act, gates))
 
@@ -150,7 +152,7 @@ class TestFloats:
             for threads in (1, 3):
                 y = Guarded(n, rows)
                 numbers = (DTYPE_IDS[dtype], rows, cols, cols, rows, rows, Epilogue.STORE, 0)
-                arrays = (weight.data, None, tiled(bias, slice(None)), x, None, y.array)
+                arrays = (weight.data, None, tiled(bias), x, None, y.array)
                 run(Op(OpCode.FLOAT_MATMUL, numbers, arrays), n, threads)
                 y.check()
                 close(y.array, expected[:n])

@@ -13,7 +13,7 @@ from thrifty.errors import ThriftyError
 from thrifty.native import _library
 from thrifty.native._library import aligned_empty
 from thrifty.native._matmul import ternary_matmul
-from thrifty.native._packed import KERNEL_FORMATS, PackedMatrix, pack, unpack
+from thrifty.native._packed import KERNEL_FORMATS, PackedMatrix, pack, pack_into, unpack
 from thrifty.native._quantize import quantize_into, quantize_per_token, rms_norm
 from thrifty.native._step import (
     ACTIVATION_IDS,
@@ -120,6 +120,7 @@ __all__ = [
     "info",
     "isa",
     "pack",
+    "pack_into",
     "quantize_into",
     "quantize_per_token",
     "read_bandwidth",

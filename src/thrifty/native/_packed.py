@@ -25,11 +25,24 @@ def pack(fmt: str, codes: np.ndarray) -> np.ndarray:
     if library is None or fmt not in FORMAT_IDS:
         return spec.pack(record, codes)
     codes = _codes("pack", codes)
-    rows, cols = codes.shape
-    packed = aligned_empty(record.nbytes(rows, cols))
-    status = library.pack(FORMAT_IDS[fmt], rows, cols, codes.ctypes.data, packed.ctypes.data)
+    packed = aligned_empty(record.nbytes(*codes.shape)).reshape(record.packed_shape(*codes.shape))
+    pack_into(fmt, codes, packed)
+    return packed
+
+
+def pack_into(fmt: str, codes: np.ndarray, packed: np.ndarray) -> None:
+    """`pack` into a contiguous uint8 array of the packed size."""
+    record, library, codes = _format(fmt), load(), _codes("pack", codes)
+    if library is None or fmt not in FORMAT_IDS:
+        packed[...] = spec.pack(record, codes)
+        return
+    if packed.nbytes != record.nbytes(*codes.shape) or not packed.flags.c_contiguous:
+        raise ThriftyError(
+            f"[pack] {codes.shape[0]} x {codes.shape[1]} weights in '{fmt}' take {record.nbytes(*codes.shape)}"
+            f" contiguous bytes; got {packed.nbytes}"
+        )
+    status = library.pack(FORMAT_IDS[fmt], *codes.shape, codes.ctypes.data, packed.ctypes.data)
     library.check("pack", status)
-    return packed.reshape(record.packed_shape(rows, cols))
 
 
 def unpack(fmt: str, packed: np.ndarray, rows: int, cols: int) -> np.ndarray:

@@ -111,7 +111,11 @@ class DecoderProgram:
 
     def _head(self) -> None:
         c = self._config
-        matrix = read_head(self._folder.tensors[EMBEDDING if c.tie_word_embeddings else HEAD], self._options.head_bits)
+        matrix = read_head(
+            self._folder.tensors[EMBEDDING if c.tie_word_embeddings else HEAD],
+            self._options.head_bits,
+            self._options.n_threads,
+        )
         self.weight_bytes += matrix.nbytes
         rows = OpFlag.OUTPUTS | OpFlag.GATHER
         self._product(matrix, self._x, self._folder.float32(FINAL_NORM), self.logits, c.vocab_size, rows=rows)

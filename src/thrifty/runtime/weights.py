@@ -1,6 +1,7 @@
 """The matrices of a decoder in the layouts that native ops read."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ from thrifty.spec.formats import TILE_ROWS
 #: Bytes of weights below which a model may stay in the processor's caches from step to step.
 CACHED_BYTES = 32 << 20
 #: Rows of a head that are quantised at a time.
-_HEAD_ROWS = 2048
+_HEAD_ROWS = 256
 
 _IDS = {"i2": 0, "base3": 1, "i8": 3, "i4": 4}
 
@@ -114,7 +115,7 @@ def read_matrix(
     return Matrix(weight_format, data, cols, scale.reshape(-1), bias)
 
 
-def read_head(tensor: Tensor, bits: int | None) -> Matrix:
+def read_head(tensor: Tensor, bits: int | None, n_threads: int) -> Matrix:
     """An output head as stored, or at 8 or 4 bits with a scale per row: max |w| / 127, or max |w| / 7."""
     if bits is None:
         return _float_matrix([tensor], [slice(0, tiles_of(tensor.shape[0]))], None)
@@ -123,16 +124,21 @@ def read_head(tensor: Tensor, bits: int | None) -> Matrix:
     tiles, blocks, _ = spec.FORMATS[layout].packed_shape(rows, cols)
     data = native.aligned_empty(tiles * blocks * 64).reshape(tiles, blocks, 64)
     scale = np.zeros(tiles * TILE_ROWS, np.float32)
-    for start in range(0, rows, _HEAD_ROWS):
+
+    def quantize(start: int) -> None:
         stop = min(start + _HEAD_ROWS, rows)
-        values = Tensor(tensor.dtype, tensor.data[start:stop]).float32()
+        values = np.empty((stop - start, cols), np.float32)
+        tensor.widen(start, stop, values)
         if bits == 8:
-            codes, scale[start:stop] = native.quantize_per_token(values, norm=False)
+            codes, scale[start:stop] = native.quantize_per_token(values, norm=False, n_threads=1)
         else:
             largest = np.maximum(np.abs(values).max(-1), np.float32(spec.EPS))
             codes = np.rint(values * (np.float32(most) / largest)[:, None]).astype(np.int8)
             scale[start:stop] = largest / np.float32(most)
-        data[start // TILE_ROWS : tiles_of(stop)] = native.pack(layout, codes)
+        native.pack_into(layout, codes, data[start // TILE_ROWS : tiles_of(stop)])
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(quantize, range(0, rows, _HEAD_ROWS)))
     return Matrix(layout, data, cols, scale, None)
 
 
