@@ -7,7 +7,7 @@ import numpy as np
 from thrifty.checkpoint import Folder
 from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD
 from thrifty.native import ACTIVATION_IDS, DTYPE_IDS, NO_FLAGS, Epilogue, Op, OpCode, OpFlag, Program
-from thrifty.runtime.weights import Matrix, read_head, read_matrix, tiles_of
+from thrifty.runtime.weights import Arena, Matrix, read_head, read_matrix, tiles_of
 from thrifty.spec import CHUNK, rope_tables
 from thrifty.spec.formats import TILE_ROWS
 
@@ -39,6 +39,7 @@ class DecoderProgram:
     def __init__(self, folder: Folder, options: Options) -> None:
         self._folder, self._config, self._options = folder, folder.config, options
         self._ops: list[Op] = []
+        self._arena = Arena()
         self.weight_bytes = 0
         self._make_buffers()
         self._embed()
@@ -115,6 +116,7 @@ class DecoderProgram:
             self._folder.tensors[EMBEDDING if c.tie_word_embeddings else HEAD],
             self._options.head_bits,
             self._options.n_threads,
+            self._arena,
         )
         self.weight_bytes += matrix.nbytes
         rows = OpFlag.OUTPUTS | OpFlag.GATHER
@@ -151,7 +153,8 @@ class DecoderProgram:
     def _matrix(self, prefix: str, linears: list[str], interleaved: bool = False) -> Matrix:
         order = "interleaved" if interleaved else "stacked"
         options = self._options
-        matrix = read_matrix(self._folder, prefix, linears, order, options.weight_format, options.n_threads)
+        how = (order, options.weight_format, options.n_threads, self._arena)
+        matrix = read_matrix(self._folder, prefix, linears, *how)
         self.weight_bytes += matrix.nbytes
         return matrix
 

@@ -17,6 +17,8 @@ from thrifty.spec.formats import TILE_ROWS
 CACHED_BYTES = 32 << 20
 #: Rows of a head that are quantised at a time.
 _HEAD_ROWS = 256
+#: Bytes of a piece of an arena.
+_ARENA_BYTES = 32 << 20
 
 _IDS = {"i2": 0, "base3": 1, "i8": 3, "i4": 4}
 
@@ -71,6 +73,22 @@ class Matrix:
         )
 
 
+class Arena:
+    """Memory of many matrices in few large pieces: only those lie on huge pages, and a stream over small pages loses a
+    sixth of its speed to their translation."""
+
+    def __init__(self) -> None:
+        self._left = np.empty(0, np.uint8)
+
+    def empty(self, nbytes: int) -> np.ndarray:
+        """Uninitialised uint8 [nbytes], aligned to 64 bytes; its piece lives as long as any array in it."""
+        padded = -(-nbytes // 64) * 64
+        if padded > len(self._left):
+            self._left = native.aligned_empty(max(padded, _ARENA_BYTES))
+        taken, self._left = self._left[:nbytes], self._left[padded:]
+        return taken
+
+
 def tiles_of(rows: int) -> int:
     """Tiles of sixteen rows."""
     return -(-rows // TILE_ROWS)
@@ -83,6 +101,7 @@ def read_matrix(
     order: Literal["stacked", "interleaved"],
     weight_format: str,
     n_threads: int,
+    arena: Arena,
 ) -> Matrix:
     """Linears of a layer as one matrix: their tiles one linear after another, or by turns."""
     config = folder.config
@@ -99,9 +118,9 @@ def read_matrix(
             bias[place] = _padded(folder.float32(f"{prefix}{linear}.bias"))
         bias = bias.reshape(-1)
     if config.linear == "dense":
-        return _float_matrix([folder.tensors[f"{prefix}{linear}.weight"] for linear in linears], places, bias)
+        return _float_matrix([folder.tensors[f"{prefix}{linear}.weight"] for linear in linears], places, bias, arena)
     blocks = spec.FORMATS[weight_format].packed_shape(1, cols)[1]
-    data = native.aligned_empty(sum(tiles) * blocks * 64).reshape(sum(tiles), blocks, 64)
+    data = arena.empty(sum(tiles) * blocks * 64).reshape(sum(tiles), blocks, 64)
     scale = np.zeros((sum(tiles), TILE_ROWS), np.float32)
     for linear, n, place in zip(linears, rows, places, strict=True):
         stored = folder.packed(prefix + linear)
@@ -115,14 +134,14 @@ def read_matrix(
     return Matrix(weight_format, data, cols, scale.reshape(-1), bias)
 
 
-def read_head(tensor: Tensor, bits: int | None, n_threads: int) -> Matrix:
+def read_head(tensor: Tensor, bits: int | None, n_threads: int, arena: Arena) -> Matrix:
     """An output head as stored, or at 8 or 4 bits with a scale per row: max |w| / 127, or max |w| / 7."""
     if bits is None:
-        return _float_matrix([tensor], [slice(0, tiles_of(tensor.shape[0]))], None)
+        return _float_matrix([tensor], [slice(0, tiles_of(tensor.shape[0]))], None, arena)
     layout, most = {8: ("i8", 127), 4: ("i4", 7)}[bits]
     rows, cols = tensor.shape
     tiles, blocks, _ = spec.FORMATS[layout].packed_shape(rows, cols)
-    data = native.aligned_empty(tiles * blocks * 64).reshape(tiles, blocks, 64)
+    data = arena.empty(tiles * blocks * 64).reshape(tiles, blocks, 64)
     scale = np.zeros(tiles * TILE_ROWS, np.float32)
 
     def quantize(start: int) -> None:
@@ -165,12 +184,12 @@ def fastest_format(config: DecoderConfig, n_threads: int) -> str:
     return min(seconds, key=lambda name: float(np.median(seconds[name])))
 
 
-def _float_matrix(tensors: list[Tensor], places: list[slice], bias: np.ndarray | None) -> Matrix:
+def _float_matrix(tensors: list[Tensor], places: list[slice], bias: np.ndarray | None, arena: Arena) -> Matrix:
     dtype = tensors[0].dtype if len({t.dtype for t in tensors}) == 1 and tensors[0].dtype in DTYPE_IDS else "F32"
     cols = tensors[0].shape[1]
     stored = tensors[0].data.dtype if dtype != "F32" else np.dtype(np.float32)
     tiles = sum(tiles_of(t.shape[0]) for t in tensors)
-    data = native.aligned_empty(tiles * TILE_ROWS * cols * stored.itemsize).view(stored)
+    data = arena.empty(tiles * TILE_ROWS * cols * stored.itemsize).view(stored)
     data = data.reshape(tiles, TILE_ROWS, cols)
     for tensor, place in zip(tensors, places, strict=True):
         values = tensor.data if tensor.dtype == dtype else tensor.float32()
