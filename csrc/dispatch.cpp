@@ -22,7 +22,11 @@ constexpr size_t kQuantizeGrain = 16 << 10;
 constexpr Kernels kGeneric = {THRIFTY_MATMULS(generic, generic), generic::quantize, generic::rms_norm,
                               THRIFTY_STEP(generic), generic::read};
 #if defined(THRIFTY_BUILD_NEON)
-constexpr Kernels kNeon = {THRIFTY_MATMULS(neon, neon), neon::quantize, neon::rms_norm, THRIFTY_STEP(generic),
+// Heads and the float ops are plain C++ there, which compilers vectorise.
+constexpr Kernels kNeon = {{neon::matmul_i2, neon::matmul_base3, nullptr, generic::matmul_i8, generic::matmul_i4},
+                           neon::quantize,
+                           neon::rms_norm,
+                           THRIFTY_STEP(generic),
                            generic::read};
 #endif
 #if defined(THRIFTY_BUILD_AVX2)

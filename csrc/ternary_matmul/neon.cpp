@@ -1,6 +1,7 @@
 #include <arm_neon.h>
 
 #include "../prefetch.hpp"
+#include "../vector/generic.hpp"
 #include "driver.hpp"
 
 namespace thrifty {
@@ -63,6 +64,7 @@ struct Base3 {
 /// Products with widening multiply-adds into int16, flushed to int32 before they overflow.
 template <class Format>
 struct Widening {
+  static constexpr int kOffset = 1;
   static constexpr int kDigits = Format::kDigits;
   static constexpr size_t kBlockCols = 4 * kDigits;
   static constexpr int kTiles = 1;
@@ -134,7 +136,7 @@ struct Widening {
     for (int row = 0; row < kRows; ++row) {
       int32_t products[kTileRows];
       for (int v = 0; v < kVectors; ++v) vst1q_s32(products + 4 * v, wide[row][v]);
-      store_tile(m, tile, token + size_t(row), products, sums[row]);
+      store_tile<Generic>(m, tile, token + size_t(row), products, sums[row]);
     }
   }
 };
