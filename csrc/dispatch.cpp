@@ -17,7 +17,8 @@ constexpr size_t kQuantizeGrain = 16 << 10;
 
 #define THRIFTY_MATMULS(isa, base3_isa) \
   {isa::matmul_i2, base3_isa::matmul_base3, nullptr, isa::matmul_i8, isa::matmul_i4}
-#define THRIFTY_STEP(isa) isa::float_matmul, isa::rope_cache, isa::attend, isa::attend_chunk, isa::merge_chunks
+#define THRIFTY_STEP(isa) \
+  isa::float_matmul, isa::rope_cache, isa::attend, isa::attend_chunk, isa::merge_chunks, isa::glu
 
 constexpr Kernels kGeneric = {THRIFTY_MATMULS(generic, generic), generic::quantize, generic::rms_norm,
                               THRIFTY_STEP(generic), generic::read};
@@ -180,6 +181,17 @@ int thrifty_rms_norm(const float* x, const float* gain, float eps, int64_t n, in
   const TokenRows rows{x, gain, eps, true, size_t(d), size_t(d), nullptr, size_t(d), nullptr, y};
   const auto run = kernels().rms_norm;
   run_ranges(size_t(n), rows.d, kQuantizeGrain, n_threads, [&](size_t first, size_t end) { run(rows, first, end); });
+  return THRIFTY_OK;
+}
+
+int thrifty_glu(const float* gate, const float* up, int activation, int64_t count, float* y, int n_threads) {
+  if (!gate || !y || count < 0 || activation < THRIFTY_SILU || activation > THRIFTY_RELU2) return THRIFTY_BAD_ARGUMENT;
+  const auto run = kernels().glu;
+  const size_t all = size_t(count);
+  run_ranges(round_up(all, 16) / 16, 64, kQuantizeGrain, n_threads, [&](size_t first, size_t end) {
+    const size_t from = 16 * first, to = 16 * end < all ? 16 * end : all;
+    run(gate + from, up ? up + from : nullptr, activation, to - from, y + from);
+  });
   return THRIFTY_OK;
 }
 

@@ -120,6 +120,7 @@ struct Kernels {
   /// One row and kv head over one chunk, into the scratch; and the merge of a row's chunks.
   void (*attend_chunk)(const Attention&, size_t row, size_t kv_head, size_t chunk);
   void (*merge_chunks)(const Attention&, size_t row, size_t kv_head);
+  void (*glu)(const float* gate, const float* up, int activation, size_t count, float* y);
   uint64_t (*read)(const void* bytes, size_t count, int loop);
 };
 
@@ -140,6 +141,7 @@ const Kernels& kernels();
   void attend(const Attention& a, size_t row, size_t rows, size_t kv_head);        \
   void attend_chunk(const Attention& a, size_t row, size_t kv_head, size_t chunk); \
   void merge_chunks(const Attention& a, size_t row, size_t kv_head);               \
+  void glu(const float* gate, const float* up, int act, size_t count, float* y);   \
   }
 #define THRIFTY_QUANTIZE(isa)                                     \
   namespace isa {                                                 \

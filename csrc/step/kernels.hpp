@@ -5,6 +5,7 @@
 
 #include "../attention/attention.hpp"
 #include "../float_matmul/float_matmul.hpp"
+#include "../glu/glu.hpp"
 #include "../rope_cache/rope_cache.hpp"
 
 /// The float kernels of a step for one instruction set; V is its vector class.
@@ -18,5 +19,8 @@
     attend_part<V>(a, row, kv_head, chunk);                                                                           \
   }                                                                                                                   \
   void merge_chunks(const Attention& a, size_t row, size_t kv_head) { merge_parts<V>(a, row, kv_head); }              \
+  void glu(const float* gate, const float* up, int act, size_t count, float* y) {                                     \
+    gate_up<V>(gate, up, act, count, y);                                                                              \
+  }                                                                                                                   \
   }                                                                                                                   \
   }

@@ -11,6 +11,7 @@ import numpy as np
 
 from thrifty.errors import ThriftyError
 from thrifty.native import _library
+from thrifty.native._attention import attention, glu
 from thrifty.native._library import aligned_empty
 from thrifty.native._matmul import ternary_matmul
 from thrifty.native._packed import KERNEL_FORMATS, PackedMatrix, pack, pack_into, unpack
@@ -110,6 +111,7 @@ __all__ = [
     "PackedMatrix",
     "Program",
     "aligned_empty",
+    "attention",
     "available",
     "built_isas",
     "cache_evict",
@@ -117,6 +119,7 @@ __all__ = [
     "cpu_threads",
     "default_threads",
     "detected_isas",
+    "glu",
     "info",
     "isa",
     "pack",

@@ -48,10 +48,8 @@ class BitFeedForward(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate_proj is None:
-            h = ops.activation(self.activation)(self.up_proj(x))
-        else:
-            h = ops.glu(self.gate_proj(x), self.up_proj(x), self.activation)
+        gate, up = (self.up_proj(x), None) if self.gate_proj is None else (self.gate_proj(x), self.up_proj(x))
+        h = ops.glu(gate, up, self.activation)
         if self.ffn_sub_norm is not None:
             h = self.ffn_sub_norm(h)
         if self.dropout is not None:

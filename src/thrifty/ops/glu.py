@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from thrifty import native
 from thrifty.errors import ThriftyError
+from thrifty.ops.dispatch import is_evaluation
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -30,6 +33,14 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
-def glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """y = act(gate) * up, elementwise (arXiv 2002.05202)."""
-    return activation(act)(gate) * up
+def glu(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
+    """y = act(gate) * up, elementwise, or act(gate) where up is None (arXiv 2002.05202).
+
+    Evaluated without gradients in float32 on a CPU, it gives the bits of the runtime: what follows is quantised, where a
+    last bit can move a code.
+    """
+    if is_evaluation(gate):
+        arrays = (None if t is None else t.contiguous().numpy() for t in (gate, up))
+        return torch.from_numpy(native.glu(*arrays, act))
+    y = activation(act)(gate)
+    return y if up is None else y * up
