@@ -36,8 +36,8 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 def glu(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
     """y = act(gate) * up, elementwise, or act(gate) where up is None (arXiv 2002.05202).
 
-    Evaluated without gradients in float32 on a CPU, it gives the bits of the runtime: what follows is quantised, where a
-    last bit can move a code.
+    Evaluated without gradients in float32 on a CPU, it gives the bits of the runtime: what follows is quantised, where
+    a last bit can move a code.
     """
     if is_evaluation(gate):
         arrays = (None if t is None else t.contiguous().numpy() for t in (gate, up))
