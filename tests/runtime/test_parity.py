@@ -1,8 +1,7 @@
 """The runtime against torch on random models: teacher-forced logits, and free-running greedy tokens.
 
-Both feed the same integers to the same products, but compute softmax and activations each in its own way. Where that
-moves a value across a rounding boundary, one code differs by one, and a small random model's logits, from there on, by
-up to a hundredth of their range. A trained model's margins are wider: the demo checks the rule of 1e-3 on it.
+Both feed the same integers to the same products, and evaluation in torch takes softmax and activations from the library
+that the runtime uses, so that no code moves: only the output head adds in another order.
 """
 
 import numpy as np
@@ -48,17 +47,15 @@ def torch_logits(model, tokens: list[int]) -> np.ndarray:
 
 
 def check_parity(model, runtime: Runtime, tokens: list[int]) -> None:
-    """The best token is the same wherever torch's margin between its two best exceeds 1e-3 of its logit range, or, in
-    rows with a moved code, 2e-2 of it."""
+    """The best token is the same wherever torch's margin between its two best exceeds 1e-3 of its logit range, and no
+    logit is further away than rounding: a moved code would show as 1e-3 of the range and more."""
     theirs, ours = torch_logits(model, tokens), runtime.logits(tokens)
     span = np.ptp(theirs)
-    moved = np.abs(ours - theirs).max(-1) > 1e-5 * span
     best = np.sort(theirs, -1)
-    clear = best[:, -1] - best[:, -2] > np.where(moved, 2e-2, 1e-3) * span
-    assert not moved.all()
-    assert np.abs(ours - theirs).max() < 5e-2 * span
-    assert clear.mean() > 0.3
+    clear = best[:, -1] - best[:, -2] > 1e-3 * span
+    assert clear.mean() > 0.8
     np.testing.assert_array_equal(ours.argmax(-1)[clear], theirs.argmax(-1)[clear])
+    assert np.abs(ours - theirs).max() < 1e-5 * span
 
 
 def test_teacher_forced_over_200_positions(models):
@@ -73,7 +70,7 @@ def test_greedy_tokens_agree_while_torch_is_sure(models):
     made = runtime.generate_tokens(prompt, max_new_tokens=60, ignore_eos=True)
     logits = torch_logits(model, prompt + made)[len(prompt) - 1 : -1]
     best = np.sort(logits, -1)
-    clear = best[:, -1] - best[:, -2] > 2e-2 * np.ptp(logits)
+    clear = best[:, -1] - best[:, -2] > 1e-3 * np.ptp(logits)
     np.testing.assert_array_equal(logits.argmax(-1)[clear], np.array(made)[clear])
 
 

@@ -137,7 +137,7 @@ def make_decoder(
     n_threads: int,
     max_context: int,
     head_bits: int | None = None,
-    cache_bits: int = 16,
+    cache_bits: int = 32,
 ) -> Decoder:
     """The decoder of a folder; the options are those of `load`."""
     if native.available():

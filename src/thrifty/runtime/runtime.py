@@ -28,7 +28,7 @@ def load(
     n_threads: int | None = None,
     max_context: int | None = None,
     head_bits: int | None = None,
-    cache_bits: int = 16,
+    cache_bits: int = 32,
 ) -> "Runtime":
     """A runtime of a checkpoint folder: packed, or latent weights quantised while they are read.
 
@@ -36,6 +36,7 @@ def load(
     faster. n_threads: by default the physical cores this process may use, or THRIFTY_NUM_THREADS. max_context:
     positions a sequence may have, by default the model's. head_bits: the output head at 8 or 4 bits, or None for as it
     is stored. cache_bits: keys and values as float32, float16 or 8-bit integers with a scale per position and head.
+    With the defaults the runtime computes what torch does; fewer bits are faster and move the logits a little.
     Raises ThriftyError where the folder or an option is invalid.
     """
     folder = open_folder(path)

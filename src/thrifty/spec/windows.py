@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 
 def scoring_windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Triples (begin, scored, stop): feed tokens begin … stop - 2, and score tokens scored … stop - 1 by what comes out.
+    """Triples (begin, scored, stop): feed tokens begin … stop - 2, which predict and so score scored … stop - 1.
 
     The text has `length` tokens, of which token 0 is given. At most `window` tokens are fed; each window but the first
     scores `stride` new tokens, so that they see at least window - stride tokens before them. Every token from 1 on is
