@@ -167,13 +167,14 @@ def test_auto_classes_know_thrifty(tokens, tmp_path):
 def test_hidden_states_embeddings_and_positions(tokens):
     model = small_model("bitnet")
     expected = logits(model, tokens)
-    output = model(tokens, output_hidden_states=True)
+    with torch.no_grad():
+        output = model(tokens, output_hidden_states=True)
+        assert torch.equal(model(tokens, return_dict=False)[0], expected)
+        assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
     assert len(output.hidden_states) == 3
-    assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
     assert torch.equal(logits(model, None, inputs_embeds=model.model.embed_tokens(tokens)), expected)
     assert torch.equal(logits(model, tokens, position_ids=torch.arange(12)[None].expand(2, 12)), expected)
     assert torch.equal(logits(model, tokens, logits_to_keep=1), expected[:, -1:])
-    assert torch.equal(model(tokens, return_dict=False)[0], expected)
 
 
 def test_tied_weights_are_one_tensor(tmp_path):

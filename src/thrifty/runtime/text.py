@@ -48,14 +48,15 @@ def pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 
 
 def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """`pieces` up to the first of the strings `stops`, which is not given; text that may begin one is held back."""
+    """`pieces` up to the string of `stops` that is complete first, which is not given; what may begin one is held back."""
     held = ""
     for piece in pieces:
         held += piece
-        found = [at for at in (held.find(stop) for stop in stops) if at >= 0]
+        found = [(held.find(stop) + len(stop), held.find(stop)) for stop in stops if stop in held]
         if found:
-            if min(found):
-                yield held[: min(found)]
+            _, start = min(found)
+            if start:
+                yield held[:start]
             return
         keep = max((_overlap(held, stop) for stop in stops), default=0)
         if len(held) > keep:
