@@ -98,8 +98,8 @@ THRIFTY_API int thrifty_quantize_per_token(const float* x, const float* gain, fl
 THRIFTY_API int thrifty_rms_norm(const float* x, const float* gain, float eps, int64_t n, int64_t d, float* y,
                                  int n_threads);
 
-/* y = act(gate) * up, elementwise over `count` floats; `up` NULL stands for ones. y may be gate or up. The bits are those
- * of the epilogue GATE_UP (of ACT without `up`) in a step. activation: enum thrifty_activation. */
+/* y = act(gate) * up, elementwise over `count` floats; `up` NULL stands for ones. y may be gate or up. The bits are
+ * those of the epilogue GATE_UP (of ACT without `up`) in a step. activation: enum thrifty_activation. */
 THRIFTY_API int thrifty_glu(const float* gate, const float* up, int activation, int64_t count, float* y, int n_threads);
 
 /* Reads a buffer once and tells how fast. loop 0: linear; 1: linear, prefetched 4 KiB ahead; 2: four streams a thread.

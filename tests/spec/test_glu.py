@@ -23,8 +23,8 @@ def test_activations_are_their_formulas(name):
 
 
 def test_silu_does_not_overflow():
-    assert ACTIVATIONS["silu"](np.float32([-1000, 1000])).tolist() == [0, 1000]
+    assert ACTIVATIONS["silu"](np.array([-1000, 1000], np.float32)).tolist() == [0, 1000]
 
 
 def test_glu_gates():
-    np.testing.assert_array_equal(glu(np.float32([-1, 2]), np.float32([5, 7]), "relu2"), [0, 28])
+    np.testing.assert_array_equal(glu(np.array([-1, 2], np.float32), np.array([5, 7], np.float32), "relu2"), [0, 28])

@@ -22,7 +22,7 @@ def test_round_bf16_is_the_nearest_with_ties_to_even(value):
 def test_ternary_codes_cut_at_half_the_scale_with_ties_to_even():
     w = np.array([-2.0, -0.51, -0.5, -0.1, 0.0, 0.5, 0.51, 3.0], np.float32)
     np.testing.assert_array_equal(ternary_codes(w, np.float32(1), np), [-1, -1, 0, 0, 0, 0, 1, 1])
-    np.testing.assert_array_equal(ternary_codes(np.float32([1.5, -1.5]), np.float32(1), np), [1, -1])
+    np.testing.assert_array_equal(ternary_codes(np.array([1.5, -1.5], np.float32), np.float32(1), np), [1, -1])
 
 
 def test_a_zero_matrix_has_a_scale_and_zero_codes():
@@ -40,7 +40,7 @@ def test_absmean_is_a_bf16_value_near_the_mean():
 
 
 def test_binary_codes_are_the_sign_about_the_mean_and_minus_at_it():
-    np.testing.assert_array_equal(binary_codes(np.float32([[1, 2], [3, 2]]), np), [[-1, -1], [1, -1]])
+    np.testing.assert_array_equal(binary_codes(np.array([[1, 2], [3, 2]], np.float32), np), [[-1, -1], [1, -1]])
 
 
 @pytest.mark.parametrize("d", [1, 3, 16, 17, 63, 257, 500])

@@ -8,7 +8,7 @@ def test_scores_depend_on_the_distance_alone():
     q, k = rng.normal(size=(2, 1, 1, 32)).astype(np.float32)
 
     def score(i, j):
-        return (apply_rope(q, *rope_tables([i], 32)) * apply_rope(k, *rope_tables([j], 32))).sum()
+        return (apply_rope(q, *rope_tables(np.array([i]), 32)) * apply_rope(k, *rope_tables(np.array([j]), 32))).sum()
 
     np.testing.assert_allclose(score(7, 3), score(107, 103), rtol=1e-4)
     assert abs(score(7, 3) - score(7, 4)) > 1e-3

@@ -3,7 +3,7 @@ import pytest
 
 from thrifty.spec import penalize_repetition, sample
 
-LOGITS = np.log(np.float32([0.5, 0.25, 0.15, 0.1]))
+LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
 
 
 def draws(n=4000, **options):
@@ -12,7 +12,7 @@ def draws(n=4000, **options):
 
 
 def test_temperature_zero_takes_the_first_of_the_best():
-    assert sample(np.float32([1, 3, 3]), np.random.default_rng(0), temperature=0) == 1
+    assert sample(np.array([1, 3, 3], np.float32), np.random.default_rng(0), temperature=0) == 1
 
 
 @pytest.mark.parametrize(
@@ -38,5 +38,5 @@ def test_a_seed_repeats():
 
 
 def test_repetition_penalty_lowers_seen_tokens_whatever_their_sign():
-    out = penalize_repetition(np.float32([2, -2, 1]), np.array([0, 1, 1]), 2.0)
+    out = penalize_repetition(np.array([2, -2, 1], np.float32), np.array([0, 1, 1]), 2.0)
     np.testing.assert_array_equal(out, [1, -4, 1])

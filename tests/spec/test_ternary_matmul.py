@@ -14,5 +14,5 @@ def test_the_product_is_exact_and_scaled_once():
 
 def test_scale_per_row_and_bias():
     x, w = np.full((1, 8), 127, np.int8), np.array([[1] * 8, [-1] * 8], np.int8)
-    y = ternary_matmul(x, np.float32([0.5]), w, np.float32([2, 4]), np.float32([1, -1]))
+    y = ternary_matmul(x, np.array([0.5], np.float32), w, np.array([2, 4], np.float32), np.array([1, -1], np.float32))
     np.testing.assert_array_equal(y, [[8 * 127 + 1, -8 * 127 * 2 - 1]])

@@ -18,9 +18,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropo
     """
     T, S = q.shape[2], k.shape[2]
     if dropout == 0 and is_evaluation(q) and (T in (1, S) if mask is None else _is_causal(mask, T, S)):
-        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-        rows = [native.attention(*(t[b].numpy() for t in (q, k, v)), S - T) for b in range(q.shape[0])]
-        return torch.stack([torch.from_numpy(row) for row in rows]).transpose(1, 2)
+        rows = [t.transpose(1, 2).contiguous().numpy() for t in (q, k, v)]
+        y = [native.attention(q_row, k_row, v_row, S - T) for q_row, k_row, v_row in zip(*rows, strict=True)]
+        return torch.stack([torch.from_numpy(row) for row in y]).transpose(1, 2)
     return F.scaled_dot_product_attention(
         q,
         k,

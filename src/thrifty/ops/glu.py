@@ -40,7 +40,7 @@ def glu(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
     a last bit can move a code.
     """
     if is_evaluation(gate):
-        arrays = (None if t is None else t.contiguous().numpy() for t in (gate, up))
-        return torch.from_numpy(native.glu(*arrays, act))
+        second = None if up is None else up.contiguous().numpy()
+        return torch.from_numpy(native.glu(gate.contiguous().numpy(), second, act))
     y = activation(act)(gate)
     return y if up is None else y * up

@@ -48,7 +48,7 @@ def pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 
 
 def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """`pieces` up to the string of `stops` that is complete first, which is not given; what may begin one is held back."""
+    """`pieces` up to the first complete string of `stops`, which is not given; what may begin one is held back."""
     held = ""
     for piece in pieces:
         held += piece

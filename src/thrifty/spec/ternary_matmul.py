@@ -5,7 +5,7 @@ def ternary_matmul(
     x_codes: np.ndarray,
     x_scales: np.ndarray,
     w_codes: np.ndarray,
-    w_scale: np.ndarray | float,
+    w_scale: np.ndarray | np.floating | float,
     bias: np.ndarray | None = None,
 ) -> np.ndarray:
     """y = float32(x_codes @ w_codes.T) * (x_scale * w_scale) + bias, the product in exact integers.
