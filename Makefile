@@ -9,7 +9,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type
 
 help:
 	@echo "make setup   install thrifty and its tools into $(VENV)"
-	@echo "make demo    train, pack and run a small ternary model (about 6 minutes on two cores)"
+	@echo "make demo    train, pack and run a small ternary model (five minutes of training at most, and a minute or two around it)"
 	@echo "make test    run the tests"
 	@echo "make bench   time every kernel and the whole decode beside the machine's read bandwidth"
 	@echo "make lint    formatters, linters and the type checker"
