@@ -10,6 +10,7 @@ numpy's float32 product. Results are checked against the spec first; the exit co
 
 import argparse
 import sys
+from collections.abc import Callable
 
 import numpy as np
 from _measure import beside_reading, best_seconds, beyond_the_cache, machine_line
@@ -35,6 +36,19 @@ def operands(rows: int, cols: int, n: int, seed: int = 0) -> tuple[np.ndarray, n
     return rng.integers(-1, 2, (rows, cols), np.int8), x, rng.uniform(0.1, 1, n).astype(np.float32)
 
 
+def into(
+    matrix: PackedMatrix, x: np.ndarray, x_scales: np.ndarray, y: np.ndarray, n_threads: int
+) -> Callable[[], None]:
+    """A product by 0.5 between fixed buffers, as a call of `matmul_into`; x has no padding to add."""
+    w_scale = np.full(1, 0.5, np.float32)
+    arguments = (x.ctypes.data, x.shape[1], x_scales.ctypes.data, len(x), w_scale.ctypes.data, 1, None, y.ctypes.data)
+
+    def product(kept: tuple[np.ndarray, ...] = (x, x_scales, w_scale, y)) -> None:
+        matrix.matmul_into(*arguments, n_threads)
+
+    return product
+
+
 def check_sizes(fmt: str) -> None:
     for rows, cols, n in ((1, 1, 1), (63, 257, 3), (500, 500, 17), (257, 3000, 70)):
         w, x, scales = operands(rows, cols, n)
@@ -55,13 +69,12 @@ def one_row(fmt: str, threads: list[int], rounds: int) -> None:
     layers = [PackedMatrix(part, ROWS, COLS, fmt) for part in np.split(buffer, copies)]
     y, y_layer = np.empty((1, whole.rows), np.float32), np.empty((1, ROWS), np.float32)
     for n_threads in threads:
+        matrix = into(whole, x, scales, y, n_threads)
+        calls = [into(layer, x, scales, y_layer, n_threads) for layer in layers]
 
-        def matrix(n_threads: int = n_threads) -> None:
-            whole.matmul(x, scales, 0.5, out=y, n_threads=n_threads)
-
-        def each_layer(n_threads: int = n_threads) -> None:
-            for layer in layers:
-                layer.matmul(x, scales, 0.5, out=y_layer, n_threads=n_threads)
+        def each_layer(calls: list[Callable[[], None]] = calls) -> None:
+            for call in calls:
+                call()
 
         for name, product in (("matrix", matrix), ("layers", each_layer)):
             speed, read = beside_reading(buffer, n_threads, rounds, product)
@@ -87,7 +100,7 @@ def many_rows(formats: list[str], n_threads: int) -> None:
         rates = []
         for fmt in formats:
             matrix, y = PackedMatrix.from_codes(w, fmt), np.empty(expected.shape, np.float32)
-            took = best_seconds(lambda: matrix.matmul(x, scales, 0.5, out=y, n_threads=n_threads))  # noqa: B023
+            took = best_seconds(into(matrix, x, scales, y, n_threads))
             check(y, expected, f"{fmt}, {n} rows")
             rates.append(w.size * n / took / 1e9)
         dense, x_float = w.astype(np.float32), x.astype(np.float32)
@@ -98,8 +111,13 @@ def many_rows(formats: list[str], n_threads: int) -> None:
 def call_cost() -> None:
     w, x, scales = operands(16, 80, 1)
     matrix, out = PackedMatrix.from_codes(w), np.empty((1, 16), np.float32)
-    took = best_seconds(lambda: [matrix.matmul(x, scales, 0.5, out=out, n_threads=1) for _ in range(100)]) / 100
-    print(f"\na call from Python, 16 x 80, one row, same buffers: {took * 1e6:.1f} us")
+    between_arrays = best_seconds(lambda: [matrix.matmul(x, scales, 0.5, out=out, n_threads=1) for _ in range(100)])
+    call = into(matrix, x, scales, out, 1)
+    between_addresses = best_seconds(lambda: [call() for _ in range(100)])
+    print(
+        f"\na call from Python, 16 x 80, one row: {between_arrays * 1e4:.1f} us between arrays,"
+        f" {between_addresses * 1e4:.1f} us between addresses"
+    )
 
 
 def main() -> int:

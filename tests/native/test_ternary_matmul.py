@@ -169,21 +169,6 @@ def test_bytes_of_another_owner(implementation, rng, fmt):
         native.ternary_matmul(fmt, packed[:-1], 33, x, x_scales, 0.25)
 
 
-def test_the_same_buffers_again_and_others_between(implementation, rng):
-    w, x, x_scales = operands(rng, 40, 48, 1)
-    matrix, out, bias = PackedMatrix.from_codes(w), np.empty((1, 40), np.float32), np.ones(40, np.float32)
-    for step in range(6):
-        x[...] = rng.integers(-127, 128, x.shape)
-        b = bias if step % 3 else None
-        scale = 0.5 if step % 2 else 2.0
-        out[...] = np.nan
-        y = matrix.matmul(x, x_scales, scale, b, out=out)
-        np.testing.assert_array_equal(y, spec.ternary_matmul(x, x_scales, w, scale, b))
-        np.testing.assert_array_equal(
-            matrix.matmul(x.copy(), x_scales, scale, b), spec.ternary_matmul(x, x_scales, w, scale, b)
-        )
-
-
 def test_no_rows_of_x(implementation, rng):
     w, x, x_scales = operands(rng, 5, 6, 0)
     assert PackedMatrix.from_codes(w).matmul(x, x_scales, 1.0).shape == (0, 5)

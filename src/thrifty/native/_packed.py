@@ -1,7 +1,5 @@
 """Weight matrices in the kernels' layouts."""
 
-from typing import Any
-
 import numpy as np
 
 from thrifty import spec
@@ -61,10 +59,6 @@ def unpack(fmt: str, packed: np.ndarray, rows: int, cols: int) -> np.ndarray:
     return codes
 
 
-#: Arguments of no call.
-_UNBOUND: tuple[Any, ...] = (object(),) * 6
-
-
 class PackedMatrix:
     """A ternary matrix [rows, cols] in a kernel layout, which owns its aligned memory.
 
@@ -72,7 +66,7 @@ class PackedMatrix:
     codes and multiplies through numpy: correct, and slow.
     """
 
-    __slots__ = ("_address", "_bound", "_format_id", "_held", "_product", "cols", "format", "nbytes", "rows", "width")
+    __slots__ = ("_address", "_format_id", "_held", "_library", "cols", "format", "nbytes", "rows", "width")
 
     #: Rows and columns of the matrix.
     rows: int
@@ -98,12 +92,10 @@ class PackedMatrix:
         self.format, self.rows, self.cols = fmt, rows, cols
         self.width = record.padded(rows, cols)[1]
         self._format_id = FORMAT_IDS[fmt]
-        library = load()
+        self._library = load()
         # Bytes of the layout, or int8 codes where there is no library to read it.
-        self._held = spec.unpack(record, packed, rows, cols) if library is None else packed
+        self._held = spec.unpack(record, packed, rows, cols) if self._library is None else packed
         self._address = self._held.ctypes.data
-        self._bound = _UNBOUND
-        self._product: Any = None if library is None else library.ternary_matmul
 
     @classmethod
     def from_codes(cls, codes: np.ndarray, fmt: str = "i2") -> "PackedMatrix":
@@ -116,7 +108,7 @@ class PackedMatrix:
 
     def codes(self) -> np.ndarray:
         """The codes again: int8 [rows, cols]."""
-        if self._product is None:
+        if self._library is None:
             return self._held.copy()
         return unpack(self.format, self._held, self.rows, self.cols)
 
@@ -139,15 +131,8 @@ class PackedMatrix:
 
         x_codes: int8 [n, cols], or [n, stride] with stride >= `width` and zeros from cols on, which spares a copy where
         cols is no multiple of the format's block; x_scales: float32 [n]; w_scale: a number or float32 [rows]; bias:
-        float32 [rows] or None; out: float32 [n, rows]. All contiguous. Raises ThriftyError otherwise. A product of one
-        row into `out` is remembered, and costs less the next time with the very same objects.
+        float32 [rows] or None; out: float32 [n, rows]. All contiguous. Raises ThriftyError otherwise.
         """
-        threads = default_threads() if n_threads is None else n_threads
-        bound = self._bound
-        same = out is bound[0] and x_codes is bound[1] and x_scales is bound[2] and bias is bound[3]
-        if same and out is not None and w_scale is bound[4]:
-            self._product(*bound[5], threads)
-            return out
         n, stride = self._check_x(x_codes, x_scales)
         scales = w_scale if isinstance(w_scale, np.ndarray) else np.asarray(w_scale, np.float32)
         if scales.dtype != np.float32 or scales.size not in (1, self.rows) or not scales.flags.c_contiguous:
@@ -157,27 +142,21 @@ class PackedMatrix:
             )
         if bias is not None:
             _check_floats("bias", bias, (self.rows,))
-        given = out
         if out is None:
             out = np.empty((n, self.rows), np.float32)
         else:
             _check_floats("out", out, (n, self.rows))
-        if self._product is None:
+        if self._library is None:
             out[...] = self._multiply_codes(x_codes, x_scales, scales, bias)
             return out
         x = x_codes
         if stride < self.width:
             x, stride = np.zeros((n, self.width), np.int8), self.width
             x[:, : self.cols] = x_codes
-        arguments = (
-            *(self._format_id, self._address, self.rows, self.cols, scales.ctypes.data, scales.size),
-            *(None if bias is None else bias.ctypes.data, x.ctypes.data, stride, x_scales.ctypes.data, n),
-            out.ctypes.data,
+        self.matmul_into(
+            *(x.ctypes.data, stride, x_scales.ctypes.data, n, scales.ctypes.data, scales.size),
+            *(None if bias is None else bias.ctypes.data, out.ctypes.data, n_threads),
         )
-        self._check_status(self._product(*arguments, threads), stride)
-        # A decode step multiplies the same buffers every time; checking them anew would cost more than a small product.
-        if given is not None and n == 1 and x is x_codes:
-            self._bound = (given, x_codes, x_scales, bias, w_scale, arguments, scales)
         return out
 
     def matmul_into(
@@ -196,20 +175,16 @@ class PackedMatrix:
 
         x: int8 [n, x_stride], x_stride >= `width`, zero from cols to `width`. Needs the native library.
         """
-        if self._product is None:
+        if self._library is None:
             raise ThriftyError(
                 "[ternary_matmul] addresses need the native library; install with a compiler, or pass arrays"
             )
         threads = default_threads() if n_threads is None else n_threads
-        status = self._product(
+        status = self._library.ternary_matmul(
             *(self._format_id, self._address, self.rows, self.cols, w_scale, n_w_scales, bias),
             *(x, x_stride, x_scales, n, y, threads),
         )
-        self._check_status(status, x_stride)
-
-    def _check_status(self, status: int, x_stride: int) -> None:
-        if status != 0:
-            raise ThriftyError(f"[ternary_matmul] x_stride must be at least {self.width}; got {x_stride}")
+        self._library.check("ternary_matmul", status)
 
     def _check_x(self, x_codes: np.ndarray, x_scales: np.ndarray) -> tuple[int, int]:
         if x_codes.ndim != 2 or x_codes.dtype != np.int8 or not x_codes.flags.c_contiguous:

@@ -67,12 +67,16 @@ def matmul_seconds(
         copy = native.aligned_empty(packed.nbytes).reshape(packed.shape)
         copy[...] = packed
         copies.append(native.PackedMatrix(copy, rows, cols, weight_format))
-    out = np.empty((n, rows), np.float32)
+    w_scale, out = np.ones(1, np.float32), np.empty((n, rows), np.float32)
+    arguments = (x.ctypes.data, first.width, scales.ctypes.data, n, w_scale.ctypes.data, 1, None, out.ctypes.data)
     times = []
     for _ in range(repeats):
         for matrix in copies:
             start = time.perf_counter()
-            matrix.matmul(x, scales, 1.0, n_threads=n_threads, out=out)
+            if native.available():
+                matrix.matmul_into(*arguments, n_threads)
+            else:
+                matrix.matmul(x, scales, w_scale, out=out)
             times.append(time.perf_counter() - start)
     return float(np.median(times))
 
