@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from hypothesis import given
@@ -6,7 +7,9 @@ from hypothesis import strategies as st
 from tiny_checkpoints import byte_tokenizer, write_checkpoint
 
 from thrifty import ThriftyError
+from thrifty.checkpoint.chat_format import CHAT_TEMPLATE
 from thrifty.runtime import load
+from thrifty.runtime.chat_template import render_chat
 from thrifty.runtime.inference import byte_tokenizer as seed_tokenizer
 from thrifty.runtime.text import pieces, read_tokenizer, until_stop
 
@@ -102,9 +105,55 @@ def test_a_template_file_goes_first_and_may_refuse(tmp_path):
 def test_a_template_without_jinja_says_what_to_install(tmp_path, monkeypatch):
     path = write_checkpoint(tmp_path / "model").path
     (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ThriftyError, match=r"pip install 'thrifty\[chat\]'"):
         load(path).chat_prompt([{"role": "user", "content": "hi"}])
+
+
+MESSAGES = [{"role": r, "content": c} for r, c in [("user", " a "), ("assistant", "b <é>"), ("user", "c")]]
+
+
+@pytest.mark.parametrize("messages", [MESSAGES, MESSAGES[:1], [{"role": "system", "content": "S"}, *MESSAGES]])
+def test_our_own_template_needs_no_jinja(tmp_path, monkeypatch, messages):
+    by_jinja = render_chat(messages, CHAT_TEMPLATE + "{# not ours #}", {})
+    path = write_checkpoint(tmp_path / "model").path
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    runtime = load(path)
+    assert runtime.chat_prompt(messages) == (runtime.encode(by_jinja), [])
+
+
+def test_of_several_templates_the_default_is_taken(tmp_path):
+    path = write_checkpoint(tmp_path / "model").path
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    runtime = load(path)
+    assert runtime.decode(runtime.chat_prompt(MESSAGES)[0]) == "yes"
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named[:1]}))
+    with pytest.raises(ThriftyError, match="named 'default'; got tool_use"):
+        load(path).chat_prompt(MESSAGES)
+
+
+def test_a_template_has_the_date_and_json(tmp_path):
+    text = render_chat(MESSAGES, "{{ strftime_now('%Y') }} {{ messages[1] | tojson }}", {})
+    year, _, record = text.partition(" ")
+    assert 2024 < int(year) < 3000
+    assert record == '{"role": "assistant", "content": "b <é>"}'
+
+
+@pytest.mark.parametrize("template", ["{{ 1/0 }}", "{% if %}", "{{ messages[0].content.x.y }}", "{{ 1 + 'a' }}"])
+def test_a_template_that_fails_is_one_sentence(tmp_path, template):
+    path = write_checkpoint(tmp_path / "model").path
+    (path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ThriftyError, match=r"^\[chat\] the chat template must take the messages; .+"):
+        load(path).chat_prompt(MESSAGES)
+
+
+def test_a_template_that_is_not_utf8_is_named(tmp_path):
+    path = write_checkpoint(tmp_path / "model").path
+    (path / "chat_template.jinja").write_bytes(b"abc\xff")
+    with pytest.raises(ThriftyError, match=r"chat_template\.jinja must be UTF-8; byte 3 is not"):
+        load(path).chat_prompt(MESSAGES)
 
 
 def test_a_template_renders_as_transformers_does(tmp_path):

@@ -10,7 +10,7 @@ from thrifty import native
 from thrifty.checkpoint import DecoderConfig, Folder, open_folder
 from thrifty.errors import ThriftyError
 from thrifty.runtime.cache import Cache
-from thrifty.runtime.chat_template import PLAIN_CHAT_STOPS, render_chat
+from thrifty.runtime.chat_template import PLAIN_CHAT_STOPS, chosen_template, render_chat
 from thrifty.runtime.decoder import CACHE_DTYPES, Decoder, make_decoder
 from thrifty.runtime.generation import Continuation, Defaults
 from thrifty.runtime.text import pieces, read_tokenizer, until_stop
@@ -193,8 +193,8 @@ class Runtime:
         """Tokens that ask for the assistant's answer to `messages`, and the strings that end it.
 
         messages: {"role": "system" | "user" | "assistant", "content": text} in order. The checkpoint's chat template
-        makes the prompt; without one it is plain "User: ..." blocks. Raises ThriftyError where the template needs
-        jinja2, which is not installed, or refuses the messages.
+        makes the prompt; without one it is plain "User: ..." blocks. Raises ThriftyError where the template, other
+        than that of models trained here, needs jinja2, which is not installed, or does not take the messages.
         """
         template = self._chat_template()
         text = render_chat(messages, template, self._folder.json("tokenizer_config.json"))
@@ -204,9 +204,13 @@ class Runtime:
     def _chat_template(self) -> str | None:
         beside = self._folder.path / "chat_template.jinja"
         if beside.is_file():
-            return beside.read_text(encoding="utf-8")
-        template = self._folder.json("tokenizer_config.json").get("chat_template")
-        return template if isinstance(template, str) else None
+            try:
+                return beside.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ThriftyError(
+                    f"[chat] {beside} must be UTF-8; byte {error.start} is not; save it again"
+                ) from error
+        return chosen_template(self._folder.json("tokenizer_config.json").get("chat_template"))
 
     def _begin(
         self, prompt: str | Sequence[int], max_new_tokens: int | None, seed: int | None, ignore_eos: bool, *choice

@@ -6,22 +6,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from thrifty.checkpoint.chat_format import ASSISTANT, CHAT_TEMPLATE, END, SYSTEM, USER
 from thrifty.errors import ThriftyError
 
-#: Between documents, before the first token of a text, and at the end of an answer.
-END = "<|endoftext|>"
-SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 SPECIALS = (END, SYSTEM, USER, ASSISTANT)
 #: Pieces that a byte-level vocabulary cannot do without.
 SMALLEST = 256 + len(SPECIALS)
-#: A turn is its role's token, a line break, the content and the end token.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ '<|endoftext|>' }}{% endif %}{{ '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
