@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from thrifty import ThriftyError
-from thrifty.checkpoint import atomic_file, atomic_folder
+from thrifty.checkpoint import atomic_file, atomic_files, atomic_folder
 
 
 def test_file_replaces_the_old_one(tmp_path):
@@ -49,14 +49,15 @@ def test_a_write_that_the_system_refuses(tmp_path):
     code = """
     import resource, signal, sys
     import numpy as np
+    from thrifty import ThriftyError
     from thrifty.checkpoint import Tensor, atomic_folder, save_safetensors
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     try:
         with atomic_folder(sys.argv[1], overwrite=True) as folder:
             save_safetensors(folder / "model.safetensors", {"x": Tensor.of(np.zeros(100_000, np.float32))})
-    except ValueError as error:
-        print(type(error).__name__, error)
+    except ThriftyError as error:
+        print(error)
     """
     folder = tmp_path / "model"
     folder.mkdir()
@@ -64,7 +65,7 @@ def test_a_write_that_the_system_refuses(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(folder)], capture_output=True, text=True, check=True
     )
-    assert done.stdout.startswith("ThriftyError [save]")
+    assert done.stdout.startswith("[save]")
     assert "file too large" in done.stdout
     assert os.listdir(tmp_path) == ["model"]
     assert os.listdir(folder) == ["old"]
@@ -110,3 +111,27 @@ def test_folder_over_a_file_is_refused(tmp_path):
     (tmp_path / "model").write_text("a file")
     with pytest.raises(ThriftyError, match="is a file"), atomic_folder(tmp_path / "model", overwrite=True):
         pass
+
+
+def test_of_nested_writes_the_outermost_is_named(tmp_path):
+    with (
+        pytest.raises(ThriftyError, match=r"/model could not be written: no space.*\(nothing was left there\)"),
+        atomic_folder(tmp_path / "model") as folder,
+        atomic_files(folder),
+        atomic_file(folder / "a.json"),
+    ):
+        raise OSError(errno.ENOSPC, "full")
+    assert os.listdir(tmp_path) == []
+
+
+def test_files_join_a_folder_only_together(tmp_path):
+    folder = tmp_path / "model"
+    with pytest.raises(ZeroDivisionError), atomic_files(folder) as new:
+        (new / "a").write_text(f"{1 / 0}")
+    assert os.listdir(tmp_path) == []
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    with atomic_files(folder) as new:
+        (new / "a").write_text("a")
+        assert sorted(os.listdir(folder)) == sorted(["old", new.name])
+    assert sorted(os.listdir(folder)) == ["a", "old"]

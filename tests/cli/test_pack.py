@@ -1,5 +1,8 @@
 import json
 import os
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -95,6 +98,24 @@ def test_a_full_disk_leaves_nothing(latent, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "out could not be written: no space left on device; free some space" in error
     assert sorted(os.listdir(tmp_path)) == ["trained"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no resource limits")
+def test_tensors_that_the_system_refuses_are_one_sentence_about_the_output(latent, tmp_path):
+    code = """
+    import resource, signal, sys
+    from thrifty.cli import main
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    sys.exit(main(sys.argv[1:]))
+    """
+    output = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), "pack", str(latent), str(output)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"{output} could not be written: file too large; raise the limit on file sizes" in done.stderr
+    assert os.listdir(tmp_path) == ["trained"]
 
 
 def test_what_cannot_be_packed(tmp_path, capsys):

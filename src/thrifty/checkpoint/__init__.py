@@ -1,6 +1,6 @@
 """Checkpoints as files: what the tensors of a model are called, and how they come in and go out. Speaks numpy."""
 
-from thrifty.checkpoint.atomic import atomic_file, atomic_folder
+from thrifty.checkpoint.atomic import UnwritableError, atomic_file, atomic_files, atomic_folder, explained
 from thrifty.checkpoint.config import DecoderConfig, read_config
 from thrifty.checkpoint.folder import Folder, open_folder
 from thrifty.checkpoint.names import TensorInfo, expected_tensors
@@ -11,9 +11,12 @@ __all__ = [
     "Folder",
     "Tensor",
     "TensorInfo",
+    "UnwritableError",
     "atomic_file",
+    "atomic_files",
     "atomic_folder",
     "expected_tensors",
+    "explained",
     "open_folder",
     "open_safetensors",
     "read_config",

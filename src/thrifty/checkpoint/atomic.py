@@ -21,6 +21,29 @@ _WAYS_OUT = {
 }
 
 
+class UnwritableError(ThriftyError):
+    """The system refused to write below `path`; `reason` is its own word for why."""
+
+    def __init__(self, path: Path, number: int, kept: str = "") -> None:
+        self.number, self.reason = number, os.strerror(number).lower()
+        super().__init__(f"[save] {path} could not be written: {self.reason}; {_WAYS_OUT[number]}{kept}")
+
+
+@contextmanager
+def explained(path: str | Path) -> Iterator[None]:
+    """Raises UnwritableError about `path` where the disk is full or the place cannot be written.
+
+    Of nested blocks the outermost one counts: it names what the user asked for, not a folder on the way to it.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _number(error)
+        if number is None:
+            raise
+        raise UnwritableError(Path(path), number) from error
+
+
 @contextmanager
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """A file open for writing that takes the place of `path` when the block ends: write, fsync, rename.
@@ -29,7 +52,7 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     the place cannot be written.
     """
     path = Path(path)
-    with _explained(path):
+    with _whole_or_not(path):
         temporary = _beside(path)
         try:
             with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -55,7 +78,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise ThriftyError(f"[save] the output folder must be new; {path} exists; choose another name or force it")
     if path.exists() and not path.is_dir():
         raise ThriftyError(f"[save] the output must be a folder; {path} is a file; choose another name")
-    with _explained(path):
+    with _whole_or_not(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _beside(path)
         temporary.mkdir()
@@ -69,26 +92,56 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def atomic_files(folder: str | Path) -> Iterator[Path]:
+    """An empty folder whose files move into `folder`, each whole, when the block ends; what else is there stays.
+
+    The files get the permissions that the process gives to new ones. A block that raises leaves `folder` as it was.
+    Raises ThriftyError where `folder` is a file, the disk is full, or the place cannot be written.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise ThriftyError(f"[save] the output must be a folder; {folder} is a file; choose another name")
+    new = not folder.exists()
+    staging = folder / f".saving-{secrets.token_hex(4)}"
+    with _whole_or_not(folder):
+        try:
+            staging.mkdir(parents=True)
+            yield staging
+            _fsync_files(staging)
+            mode = staging.stat().st_mode & 0o666
+            for file in sorted(
+                staging.iterdir(), key=lambda file: file.suffix == ".json"
+            ):  # a config after its tensors
+                file.chmod(mode)  # safetensors writes for the owner alone
+                os.replace(file, folder / file.name)
+            _fsync_folder(folder)
+        except BaseException:
+            shutil.rmtree(folder if new else staging, ignore_errors=True)
+            raise
+        staging.rmdir()
+
+
+@contextmanager
+def _whole_or_not(path: Path) -> Iterator[None]:
+    """`explained`, and what became of `path`."""
+    kept = " (the one that was there is unchanged)" if path.exists() else " (nothing was left there)"
     try:
         yield
-    except OSError as error:
-        if error.errno not in _WAYS_OUT:
-            raise
-        raise ThriftyError(_explanation(path, error.errno)) from error
-    except ThriftyError:
-        raise
     except Exception as error:
-        # The Rust side of safetensors wraps the operating system's error in its own type.
-        number = next((n for n in _WAYS_OUT if f"os error {n})" in str(error)), None)
+        number = _number(error)
         if number is None:
             raise
-        raise ThriftyError(_explanation(path, number)) from error
+        raise UnwritableError(path, number, kept) from error
 
 
-def _explanation(path: Path, number: int) -> str:
-    kept = "the one that was there is unchanged" if path.exists() else "nothing was left there"
-    return f"[save] {path} could not be written: {os.strerror(number).lower()}; {_WAYS_OUT[number]} ({kept})"
+def _number(error: Exception) -> int | None:
+    """The system's number of an error that a user can put right, or None."""
+    if isinstance(error, UnwritableError):
+        return error.number
+    if isinstance(error, OSError):
+        return error.errno if error.errno in _WAYS_OUT else None
+    # The Rust side of safetensors wraps the operating system's error in its own type.
+    return next((n for n in _WAYS_OUT if f"os error {n})" in str(error)), None)
 
 
 def _beside(path: Path) -> Path:

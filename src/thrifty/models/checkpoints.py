@@ -2,8 +2,6 @@
 
 import copy
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from thrifty.checkpoint import atomic_files
 from thrifty.errors import ThriftyError
 from thrifty.nn import BitLinear, is_packed, pack, unpack
 from thrifty.nn.packing import StoredBitLinear
@@ -75,8 +74,10 @@ class CheckpointedModel(PreTrainedModel):
             if kwargs.get("push_to_hub"):
                 super().save_pretrained(folder, **kwargs)
                 return
-            with _staging(folder) as staging:
+            with atomic_files(folder) as staging:
                 super().save_pretrained(staging, **kwargs)
+                written = {file.name for file in staging.iterdir()}
+            _remove_stale(folder, written)
 
     @classmethod
     def _read_config(cls, path: str | os.PathLike, kwargs: dict) -> tuple[PreTrainedConfig, dict]:
@@ -180,25 +181,3 @@ def _remove_stale(folder: Path, written: set[str]) -> None:
             for file in folder.glob(pattern):
                 if file.name not in written:
                     file.unlink()
-
-
-@contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """A folder whose files move into `folder` when complete. Raises ThriftyError where the disk is full."""
-    if folder.is_file():
-        raise ThriftyError(f"[save] the output must be a folder; {folder} is a file; choose another name")
-    staging = folder / f".saving-{secrets.token_hex(4)}"
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        files = sorted(staging.iterdir(), key=lambda file: file.suffix == ".json")  # a config after its tensors
-        for file in files:
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        for file in files:
-            os.replace(file, folder / file.name)
-        _remove_stale(folder, {file.name for file in files})
-    except SafetensorError as error:
-        raise ThriftyError(f"[save] {folder} could not be written; {error}; free some space there") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
