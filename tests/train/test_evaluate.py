@@ -58,6 +58,17 @@ def test_the_mode_of_the_model_stays(model):
     assert model.training
 
 
+def test_the_mode_of_the_model_stays_when_scoring_is_interrupted(model, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    model.train()
+    monkeypatch.setattr(model, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bits_per_byte(model, TOKENIZER, "text")
+    assert model.training
+
+
 @pytest.mark.parametrize(("text", "window"), [("", 8), ("text", 33), ("text", 0)])
 def test_what_cannot_be_scored_is_refused(model, text, window):
     with pytest.raises(ThriftyError, match=r"\[evaluate\]"):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from thrifty.errors import ThriftyError
@@ -35,6 +37,12 @@ def test_an_unknown_preset_names_the_known():
         ({"qqqqqq": 3}, "fields are adam_learning_rate"),
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"learning_rate": 2.0}, "learning_rate must lie between 0 and 1"),
+        ({"adam_learning_rate": math.nan}, "adam_learning_rate must lie between 0 and 1; got nan"),
+        ({"momentum": 7.0}, "momentum must be at least 0 and below 1; got 7.0"),
+        ({"hold": 1.5}, "hold must be a share from 0 to 1; got 1.5"),
+        ({"warmup": -1}, "warmup must be at least 0 and finite; got -1"),
+        ({"clip": -1.0}, "clip must be at least 0 and finite; got -1.0"),
+        ({"clip": math.inf}, "clip must be at least 0 and finite; got inf"),
         ({"sequence_length": 100_000}, "at most the 256 positions"),
     ],
 )

@@ -42,12 +42,14 @@ def bits_per_byte(
     model.eval()
     nats = 0.0
     windows = list(scoring_windows(len(read), window, stride))
-    for group in _alike(windows, max(1, BATCH_TOKENS // window)):
-        inputs = torch.stack([read[begin : stop - 1] for begin, _, stop in group])
-        targets = torch.stack([read[scored:stop] for _, scored, stop in group])
-        logits = model(input_ids=inputs, use_cache=False).logits[:, -targets.shape[1] :]
-        nats += F.cross_entropy(logits.flatten(0, 1).double(), targets.flatten(), reduction="sum").item()
-    model.train(training)
+    try:
+        for group in _alike(windows, max(1, BATCH_TOKENS // window)):
+            inputs = torch.stack([read[begin : stop - 1] for begin, _, stop in group])
+            targets = torch.stack([read[scored:stop] for _, scored, stop in group])
+            logits = model(input_ids=inputs, use_cache=False).logits[:, -targets.shape[1] :]
+            nats += F.cross_entropy(logits.flatten(0, 1).double(), targets.flatten(), reduction="sum").item()
+    finally:
+        model.train(training)
     return nats / math.log(2) / len(text.encode())
 
 

@@ -1,5 +1,6 @@
 """Presets: the only home of the defaults of training. A preset is a shape and a recipe; options replace fields."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
@@ -97,8 +98,18 @@ def _check(preset: Preset) -> None:
     for name in ("steps", "batch_size", "sequence_length", "eval_every", "save_every"):
         if getattr(recipe, name) < 1:
             raise ThriftyError(f"[train] {name} must be at least 1; got {getattr(recipe, name)}")
-    if not 0 < recipe.learning_rate < 1:
-        raise ThriftyError(f"[train] learning_rate must lie between 0 and 1; got {recipe.learning_rate}")
+    for name in ("learning_rate", "adam_learning_rate"):
+        if not 0 < getattr(recipe, name) < 1:
+            raise ThriftyError(f"[train] {name} must lie between 0 and 1; got {getattr(recipe, name)}")
+    for name in ("momentum", "beta1", "beta2"):
+        if not 0 <= getattr(recipe, name) < 1:
+            raise ThriftyError(f"[train] {name} must be at least 0 and below 1; got {getattr(recipe, name)}")
+    for name in ("hold", "floor"):
+        if not 0 <= getattr(recipe, name) <= 1:
+            raise ThriftyError(f"[train] {name} must be a share from 0 to 1; got {getattr(recipe, name)}")
+    for name in ("warmup", "weight_decay", "clip", "output_scale", "seed"):
+        if not 0 <= getattr(recipe, name) < math.inf:
+            raise ThriftyError(f"[train] {name} must be at least 0 and finite; got {getattr(recipe, name)}")
     if recipe.sequence_length > shape.max_position_embeddings:
         rule = f"[train] sequence_length must be at most the {shape.max_position_embeddings} positions of the model"
         raise ThriftyError(f"{rule}; got {recipe.sequence_length}; choose a shorter one")
