@@ -13,7 +13,7 @@ from thrifty.native._library import FORMAT_IDS
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 ROOT = Path(__file__).parents[2]
-FLAGS = ["-std=c++17", "-O2", "-static", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-DTHRIFTY_BUILD_NEON"]
+FLAGS = "-std=c++17 -O2 -static -ffp-contract=off -Wall -Wextra -Wshadow -Werror -DTHRIFTY_BUILD_NEON".split()
 
 
 def fields(*values: int) -> bytes:
