@@ -27,9 +27,18 @@ def machine_line() -> str:
 
 
 def beyond_the_cache() -> int:
-    """Bytes of a buffer of which the cache holds a quarter at most, or half of the free memory where that is less."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(4 * last_level_cache(), free // 2)
+    """Bytes of a buffer of which the cache holds a quarter at most, or half of the free memory where that is less.
+
+    Prints which, where it is less: part of what is read then comes from the cache.
+    """
+    half = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    wanted = 4 * last_level_cache()
+    if half < wanted:
+        print(
+            f"note: memory is short; buffers of {half >> 20} MiB instead of {wanted >> 20} MiB,"
+            f" {half / last_level_cache():.1f} times the last-level cache instead of 4"
+        )
+    return min(wanted, half)
 
 
 def seconds(function: Callable[[], object]) -> float:
