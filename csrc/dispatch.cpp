@@ -82,9 +82,7 @@ int best() {
   return isa;
 }
 
-bool valid_rows(const void* x, int64_t n, int64_t d, const void* out) {
-  return x && out && n >= 0 && d > 0 && d <= kMostCols;
-}
+bool valid_rows(const void* x, int64_t n, int64_t d, const void* out) { return x && out && n >= 0 && d > 0; }
 
 }  // namespace
 
@@ -101,7 +99,7 @@ const char* thrifty_status_text(int status) {
     case THRIFTY_OK: return "ok";
     case THRIFTY_BAD_ARGUMENT: return "a shape, stride or pointer is out of range";
     case THRIFTY_BAD_FORMAT: return "the operation does not know this number format";
-    case THRIFTY_BAD_CODE: return "a weight is none of -1, 0 and 1";
+    case THRIFTY_BAD_CODE: return "a weight is none of the codes of its format";
     case THRIFTY_UNKNOWN_ISA: return "no instruction set has this name";
     case THRIFTY_ISA_NOT_BUILT: return "the library was built without this instruction set";
     case THRIFTY_ISA_NOT_DETECTED: return "the processor or the operating system lacks this instruction set";
@@ -158,7 +156,7 @@ int thrifty_ternary_matmul(int format, const uint8_t* packed, int64_t rows, int6
       packed, padded / block_cols, size_t(rows), w_scale,   n_w_scales != 1,
       x,      size_t(x_stride),    x_scales,     size_t(n), {y, size_t(rows), size_t(rows), bias, THRIFTY_STORE, 0}};
   const auto run = kernels().matmul[format];
-  // Kernels take tiles in pairs, so a range never ends in the middle of one.
+  // Kernels may read two streams, the halves of a range: an even count of tiles leaves none to be read alone.
   const size_t tiles = round_up(m.rows, kTileRows) / kTileRows;
   run_ranges(round_up(tiles, 2) / 2, 2 * m.blocks * kBlockBytes * m.n, kMatmulGrain, n_threads,
              [&](size_t first, size_t end) { run(m, 2 * first, 2 * end < tiles ? 2 * end : tiles); });

@@ -65,7 +65,8 @@ int pack_tiles(const FormatFacts& f, size_t rows, size_t cols, const int8_t* cod
   for (size_t row = 0; row < round_up(rows, 16); ++row) {
     uint8_t* lane = packed + row / 16 * blocks * 64 + row % 16 * 4;
     const auto pack = f.offset == 1 ? pack_row : pack_wide_row;
-    if (!pack(f, codes + row * cols, row < rows ? cols : 0, blocks, lane)) return THRIFTY_BAD_CODE;
+    // A row of padding has no columns.
+    if (!pack(f, row < rows ? codes + row * cols : codes, row < rows ? cols : 0, blocks, lane)) return THRIFTY_BAD_CODE;
   }
   return THRIFTY_OK;
 }

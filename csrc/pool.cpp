@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 
 #if !defined(_WIN32)
@@ -72,7 +71,7 @@ class Pool {
       try {
         const uint64_t seen = ticket_.load(std::memory_order_relaxed);
         std::thread([this, index = workers_ + 1, seen] { work(index, seen); }).detach();
-      } catch (const std::system_error&) {
+      } catch (...) {  // the system's error, or no memory for the thread's state
         return;
       }
       ++workers_;
@@ -153,9 +152,15 @@ class Pool {
   std::condition_variable wake_;
 };
 
-// Never destroyed: its threads wait on it until the process ends. A child of fork has none of the threads, so it drops
-// the pool, locks and all, and makes another.
+// Never destroyed: its threads wait on it until the process ends.
 std::atomic<Pool*> the_pool{nullptr};
+
+#if !defined(_WIN32)
+// A child of fork has none of the threads, so it drops the pool, locks and all, and makes another. Registered as the
+// library loads, before there can be a pool that a fork would copy.
+[[maybe_unused]] const int kAtFork =
+    pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr, std::memory_order_release); });
+#endif
 
 Pool* get_pool() {
   Pool* pool = the_pool.load(std::memory_order_acquire);
@@ -166,12 +171,6 @@ Pool* get_pool() {
     delete made;
     return pool;
   }
-#if !defined(_WIN32)
-  static std::atomic_flag registered = ATOMIC_FLAG_INIT;
-  if (!registered.test_and_set()) {
-    pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr, std::memory_order_release); });
-  }
-#endif
   return made;
 }
 
