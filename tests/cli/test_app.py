@@ -70,8 +70,12 @@ def raising(monkeypatch):
         (FileNotFoundError(2, "No such file or directory", "a.txt"), "No such file or directory: a.txt"),
         (OSError(28, "No space left on device"), "No space left on device"),
         (
+            MemoryError("Unable to allocate 3 TiB"),
+            "the memory does not suffice: Unable to allocate 3 TiB; choose a smaller model, batch or context",
+        ),
+        (
             ModuleNotFoundError("No module named 'torch'", name="torch"),
-            "this command needs torch, which is not installed; pip install 'thrifty[torch]'",
+            "this command needs torch, which is not installed; pip install 'thrifty[train]'",
         ),
     ],
 )

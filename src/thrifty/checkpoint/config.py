@@ -5,11 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from thrifty.errors import ThriftyError
 from thrifty.spec import ACTIVATIONS
 
 #: Rotary base where config.json names none, by model type.
 ROPE_THETA = {"bitnet": 500_000.0, "thrifty": 10_000.0}
+FLOAT32 = np.finfo(np.float32)
+#: Positions are float32 in the rotary angles, which holds no larger whole numbers one by one.
+MOST_POSITIONS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,9 @@ class _Reader:
         head_dim = self.integer("head_dim", hidden // heads)
         if head_dim % 2:
             raise self.error("head_dim", "be even (rotary positions turn pairs)", head_dim)
+        positions = self.integer("max_position_embeddings", 2048)
+        if positions > MOST_POSITIONS:
+            raise self.error("max_position_embeddings", f"be at most {MOST_POSITIONS}", positions)
         self.token_mixers(own)
         linear = self.one_of("linear", ("ternary", "binary", "dense"), "ternary") if own else "ternary"
         return DecoderConfig(
@@ -98,7 +106,7 @@ class _Reader:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             hidden_act=self.one_of("hidden_act", tuple(ACTIVATIONS), "relu2"),
-            max_position_embeddings=self.integer("max_position_embeddings", 2048),
+            max_position_embeddings=positions,
             rms_norm_eps=self.positive("rms_norm_eps", 1e-5),
             rope_theta=self.rope_theta(ROPE_THETA[model_type]),
             tie_word_embeddings=self.boolean("tie_word_embeddings", False),
@@ -121,7 +129,9 @@ class _Reader:
         if reader.boolean("use_rms_norm", False):
             raise reader.error("use_rms_norm", "be false (norms before each linear are not read yet)", True)
         kept = quantization.get("modules_to_not_convert") or []
-        if any(name not in ("lm_head", "model.embed_tokens", "embed_tokens") for name in kept):
+        if not isinstance(kept, list) or any(
+            name not in ("lm_head", "model.embed_tokens", "embed_tokens") for name in kept
+        ):
             raise reader.error("modules_to_not_convert", "list nothing but the output head and embedding", kept)
         if mode == "online":
             return "latent"
@@ -152,7 +162,7 @@ class _Reader:
 
     def positive(self, name: str, default: float) -> float:
         value = self.given(name, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if type(value) not in (int, float) or not FLOAT32.tiny <= value <= FLOAT32.max:
             raise self.error(name, "be a positive number", value)
         return float(value)
 

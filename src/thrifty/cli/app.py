@@ -26,9 +26,10 @@ COMMANDS = {
     "demo": "Train, pack and run a small model on the built-in text, and show what was gained.",
 }
 
-#: The extra (`pip install 'thrifty[EXTRA]'`) that brings a module this package imports only when needed.
+#: The extra (`pip install 'thrifty[EXTRA]'`) that brings a module this package imports only when needed. No command
+#: needs torch without transformers.
 EXTRA_OF = {
-    "torch": "torch",
+    "torch": "train",
     "transformers": "train",
     "accelerate": "train",
     "datasets": "train",
@@ -116,6 +117,10 @@ def describe(problem: Exception) -> str | None:
             return f"this command needs {module}, which is not installed; pip install 'thrifty[{EXTRA_OF[module]}]'"
     if isinstance(problem, OSError) and problem.errno is not None:
         return f"{problem.strerror}: {problem.filename}" if problem.filename else str(problem.strerror)
+    if isinstance(problem, MemoryError):
+        # numpy says how much it asked for.
+        what = " ".join(str(problem).split()) or "no more could be had"
+        return f"the memory does not suffice: {what}; choose a smaller model, batch or context"
     return None
 
 

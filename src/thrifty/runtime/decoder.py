@@ -126,6 +126,7 @@ class NativeDecoder:
             program.tokens[row:stop] = tokens
             program.positions[row:stop] = np.arange(first, first + len(tokens))
             program.slots[row:stop] = slot
+            self._decoder.rope.reach(first + len(tokens))
             cache.tokens.extend(tokens)
             row = stop
         return row

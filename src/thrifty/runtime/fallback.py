@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from thrifty import native
-from thrifty.checkpoint import DecoderConfig, Folder, Tensor
+from thrifty.checkpoint import Folder, Tensor
 from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD, has_bias, linear_shapes
 from thrifty.runtime.activation import activation
 from thrifty.runtime.attention import attention
 from thrifty.runtime.cache import NumpyCache
 from thrifty.runtime.projection import DenseProjection, TernaryProjection, make_head
+from thrifty.runtime.rope import RopeTables
 from thrifty.runtime.workspace import Workspace
-from thrifty.spec import rope_tables
 
 #: Positions computed at a time when a prompt is read; memory does not grow with the prompt.
 PREFILL_ROWS = 128
@@ -43,7 +43,7 @@ class NumpyDecoder:
             _Layer(folder, f"model.layers.{layer}.", weight_format, n_threads)
             for layer in range(config.num_hidden_layers)
         ]
-        self._cos, self._sin = _rope(config, max_context)
+        self._rope = RopeTables(max_context, config.head_dim, config.rope_theta)
         self._work = Workspace(config, PREFILL_ROWS, max(p.width for p in self._layers[0].projections))
         self._one = self._work.rows(1)
         self._lock = threading.Lock()
@@ -86,7 +86,7 @@ class NumpyDecoder:
         with self._lock, np.errstate(over="ignore", under="ignore"):
             work = self._one if T == 1 else self._work.rows(T)
             work.x.array[:] = self._embed(tokens)
-            cos, sin = self._cos[first : first + T], self._sin[first : first + T]
+            cos, sin = _turns(self._rope, first, first + T)
             for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
                 layer(work, cos, sin, keys, values, first)
             cache.tokens.extend(tokens)
@@ -177,7 +177,8 @@ def _projection(
     return TernaryProjection(packed, scale, bias, gain, config.rms_norm_eps, n_threads)
 
 
-def _rope(config: DecoderConfig, positions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tables [positions, 1, 2, head_dim / 2] so that x * cos + swap(x) * sin is `spec.apply_rope`."""
-    cos, sin = rope_tables(np.arange(positions), config.head_dim, config.rope_theta)
+def _turns(rope: RopeTables, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tables [stop - first, 1, 2, head_dim / 2] so that x * cos + swap(x) * sin is `spec.apply_rope`."""
+    rope.reach(stop)
+    cos, sin = rope.cos[first:stop], rope.sin[first:stop]
     return np.stack([cos, cos], 1)[:, None], np.stack([-sin, sin], 1)[:, None]

@@ -1,5 +1,6 @@
 """How the next token is chosen, and when to stop."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +26,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         rules = {
-            "temperature": (self.temperature >= 0, "at least 0"),
+            "temperature": (0 <= self.temperature < math.inf, "at least 0, and finite"),
             "top_k": (self.top_k >= 0, "at least 0 (0 keeps every token)"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0 (1 penalises nothing)"),
+            "repetition_penalty": (1e-3 <= self.repetition_penalty <= 1e3, "from 0.001 to 1000 (1 penalises nothing)"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
@@ -90,7 +91,7 @@ class Defaults:
         fields = folder.json("config.json") | {k: v for k, v in folder.json(name).items() if v is not None}
         try:
             return cls._of(fields)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ThriftyError(
                 f"[checkpoint] {folder.path / name} must hold numbers that generation can use; {error}; correct it"
             ) from error
@@ -101,6 +102,9 @@ class Defaults:
         ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if any(type(token) is not int for token in [*ends, 0 if bos is None else bos]):
             raise TypeError(f"bos_token_id and eos_token_id are token ids; got {bos!r} and {eos!r}")
+        count = int(fields.get("max_new_tokens", MAX_NEW_TOKENS))
+        if count < 0:
+            raise ValueError(f"max_new_tokens must be at least 0; got {count}")
         return cls(
             sampling=Sampling(
                 temperature=float(fields.get("temperature", 1.0)) if fields.get("do_sample") else 0.0,
@@ -108,7 +112,7 @@ class Defaults:
                 top_p=float(fields.get("top_p", 1.0)),
                 repetition_penalty=float(fields.get("repetition_penalty", 1.0)),
             ),
-            max_new_tokens=int(fields.get("max_new_tokens", MAX_NEW_TOKENS)),
+            max_new_tokens=count,
             bos=bos,
             eos=frozenset(ends),
         )

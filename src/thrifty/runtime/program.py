@@ -7,8 +7,9 @@ import numpy as np
 from thrifty.checkpoint import Folder
 from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD
 from thrifty.native import ACTIVATION_IDS, DTYPE_IDS, NO_FLAGS, Epilogue, Op, OpCode, OpFlag, Program
+from thrifty.runtime.rope import RopeTables
 from thrifty.runtime.weights import Arena, Matrix, read_head, read_matrix, tiles_of
-from thrifty.spec import CHUNK, rope_tables
+from thrifty.spec import CHUNK
 from thrifty.spec.formats import TILE_ROWS
 
 #: Rows of a step whose attention may be split over the cache between threads.
@@ -67,7 +68,7 @@ class DecoderProgram:
         self._normed = np.zeros(
             (own, widest if c.linear == "dense" else c.hidden_size) if floats else (0, 0), np.float32
         )
-        self._cos, self._sin = rope_tables(np.arange(self._options.max_context), c.head_dim, c.rope_theta)
+        self.rope = RopeTables(self._options.max_context, c.head_dim, c.rope_theta)
         part = c.num_attention_heads * (-(-c.head_dim // 16) * 16 + 16)
         self._scratch = np.zeros(_SPLIT_ROWS * -(-self._options.max_context // CHUNK) * part, np.float32)
 
@@ -88,7 +89,7 @@ class DecoderProgram:
         k = TILE_ROWS * tiles_of(c.q_size)
         v = k + TILE_ROWS * tiles_of(c.kv_size)
         rope = (*heads, self._qkv.shape[1], k, v)
-        self._ops.append(Op(OpCode.ROPE_CACHE, rope, (self._qkv, self._cos, self._sin)))
+        self._ops.append(Op(OpCode.ROPE_CACHE, rope, (self._qkv, self.rope.cos, self.rope.sin)))
         sizes = (*heads, self._qkv.shape[1], self._attended.shape[1], self._scratch.size)
         buffers = (self._qkv, self._attended, self._scratch)
         self._ops.append(Op(OpCode.ATTENTION, sizes, buffers, (c.head_dim**-0.5,)))

@@ -55,7 +55,11 @@ def load(
     if cache_bits not in CACHE_DTYPES:
         raise ThriftyError(f"[load] cache_bits must be one of {', '.join(map(str, CACHE_DTYPES))}; got {cache_bits!r}")
     threads = n_threads or native.default_threads()
-    decoder = make_decoder(folder, weight_format, threads, max_context or limit, head_bits, cache_bits)
+    context = max_context or limit
+    try:
+        decoder = make_decoder(folder, weight_format, threads, context, head_bits, cache_bits)
+    except MemoryError as error:
+        raise _no_memory(f"[load] the weights of {folder.path} and {context} positions", error) from error
     return Runtime(decoder, tokenizer, defaults, folder)
 
 
@@ -88,7 +92,7 @@ class Runtime:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with the special tokens that the tokenizer adds."""
-        return self._tokenizer_or_error().encode(text).ids
+        return self._ids(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special tokens left out."""
@@ -167,12 +171,12 @@ class Runtime:
 
     def new_cache(self) -> Cache:
         """A cache for the whole context, for calls that share a prefix (the turns of a chat)."""
-        return self._decoder.new_cache(self.max_context)
+        return self._new_cache(self.max_context)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits float32 [T, vocab] after each of the T tokens, given those before it."""
         tokens = self._prompt(tokens)
-        return np.concatenate(list(self._decoder.logits(tokens, self._decoder.new_cache(len(tokens)))))
+        return np.concatenate(list(self._decoder.logits(tokens, self._new_cache(len(tokens)))))
 
     def perplexity(self, text: str, window: int | None = None, stride: int | None = None) -> float:
         """exp(mean negative log-likelihood per token) of a text, in windows as `bits_per_byte` has them."""
@@ -199,7 +203,7 @@ class Runtime:
         template = self._chat_template()
         text = render_chat(messages, template, self._folder.json("tokenizer_config.json"))
         stops = PLAIN_CHAT_STOPS if template is None else []
-        return self._tokenizer_or_error().encode(text, add_special_tokens=False).ids, stops
+        return self._ids(text, add_special_tokens=False), stops
 
     def _chat_template(self) -> str | None:
         beside = self._folder.path / "chat_template.jinja"
@@ -225,7 +229,13 @@ class Runtime:
 
     def _cache_for(self, run: Continuation) -> Cache:
         capacity = -(-(len(run.seen) + run.count) // CHUNK) * CHUNK
-        return self._decoder.new_cache(min(capacity, self.max_context))
+        return self._new_cache(min(capacity, self.max_context))
+
+    def _new_cache(self, positions: int) -> Cache:
+        try:
+            return self._decoder.new_cache(positions)
+        except MemoryError as error:
+            raise _no_memory(f"[generate] keys and values of {positions} positions", error) from error
 
     def _tokens(self, run: Continuation, cache: Cache) -> Iterator[int]:
         if run.finished:
@@ -294,7 +304,7 @@ class Runtime:
                 f"[perplexity] 1 <= stride <= window <= {self.max_context} (the context) must hold; got stride "
                 f"{stride} and window {window}"
             )
-        tokens = self._tokenizer_or_error().encode(text, add_special_tokens=False).ids
+        tokens = self._ids(text, add_special_tokens=False)
         if not tokens:
             raise ThriftyError("[perplexity] the text must have at least one token; got none")
         start = self._start()
@@ -303,11 +313,19 @@ class Runtime:
         for begin, scored, stop in scoring_windows(len(read), window, stride):
             inputs = read[begin : stop - 1].tolist()
             at = begin + 1  # the position that the next row of logits predicts
-            for logits in self._decoder.logits(inputs, self._decoder.new_cache(len(inputs))):
+            for logits in self._decoder.logits(inputs, self._new_cache(len(inputs))):
                 skip = min(max(0, scored - at), len(logits))
                 nats += _nats(logits[skip:], read[at + skip : at + len(logits)])
                 at += len(logits)
         return nats, len(tokens)
+
+    def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            got = ascii(text[error.start])
+            raise ThriftyError(f"[tokenizer] a text must be characters that UTF-8 has; got {got}; remove it") from error
+        return self._tokenizer_or_error().encode(text, add_special_tokens=add_special_tokens).ids
 
     def _tokenizer_or_error(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -315,6 +333,10 @@ class Runtime:
                 f"[tokenizer] text needs a tokenizer; {self._folder.path} has no tokenizer.json; pass token ids"
             )
         return self._tokenizer
+
+
+def _no_memory(what: str, error: MemoryError) -> ThriftyError:
+    return ThriftyError(f"{what} must fit in memory; {str(error) or 'they do not'}; give a smaller context")
 
 
 def _nats(logits: np.ndarray, targets: np.ndarray) -> float:
