@@ -79,6 +79,27 @@ def test_bad_options_are_one_sentence(text, tmp_path, capsys, options, sentence)
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert sentence in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fresh_run_that_cannot_start_keeps_the_old_one(text, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert main(["train", str(text), "-o", str(output), *MICRO]) == 0
+    before = sorted(output.rglob("*"))
+    assert main(["train", str(text), "-o", str(output), *MICRO, "--fresh", "--set=num_attention_heads=3"]) == 2
+    assert sorted(output.rglob("*")) == before
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(text, tmp_path, capsys, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["train", str(text), "-o", str(tmp_path / "run"), *MICRO]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: [save] ")
+    assert "tokenizer.json could not be written: no space left on device; free some space" in error
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 @pytest.mark.parametrize(("content", "sentence"), [("", "is empty"), ("short", "at least one sequence of 16 tokens")])
@@ -87,3 +108,4 @@ def test_a_text_that_is_no_corpus_is_named(tmp_path, capsys, content, sentence):
     file.write_text(content)
     assert main(["train", str(file), "-o", str(tmp_path / "run"), *MICRO]) == 2
     assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tensorboard.summary.writer.record_writer import RecordWriter
 from transformers import TrainerCallback
 
 from thrifty.errors import ThriftyError
@@ -178,6 +179,21 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_checkpoint(tmp_path, mon
     with pytest.raises(ThriftyError, match=r"checkpoint-4 could not be written: .*No space left on device; free some"):
         train(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_while_logging_is_one_sentence(tmp_path, monkeypatch, capsys):
+    write, written = RecordWriter.write, []
+
+    def full(self, data):
+        written.append(data)
+        if len(written) > 5:
+            raise OSError(28, "No space left on device")
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(ThriftyError, match=r"logs could not be written: no space left on device; free some space"):
+        train(tmp_path)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch):

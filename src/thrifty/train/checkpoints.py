@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from thrifty.checkpoint import atomic_file
+from thrifty.checkpoint import atomic_file, explained
 from thrifty.errors import ThriftyError
 
 CHECKPOINTS = "checkpoints"
@@ -29,18 +29,14 @@ def newest_checkpoint(output: Path) -> Path | None:
     return None
 
 
-def start_run(output: Path, settings: dict[str, Any], resume: bool | None) -> Path | None:
-    """Prepare the folder of a run; return the checkpoint to go on from, or None to start at the beginning.
+def checkpoint_to_resume(output: Path, settings: dict[str, Any], resume: bool | None) -> Path | None:
+    """The checkpoint to go on from, or None to start at the beginning; nothing is changed.
 
-    resume: True insists on a checkpoint, None goes on from one that is there, False throws away what the folder holds
-    of an earlier run. To go on, the settings must be those of the run.
+    resume: True insists on a checkpoint, None goes on from one that is there, False wants to start anew. To go on, the
+    settings must be those of the run.
     """
     record = output / RECORD
-    if resume is False:
-        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-        shutil.rmtree(output / "logs", ignore_errors=True)
-        record.unlink(missing_ok=True)
-    checkpoint = newest_checkpoint(output)
+    checkpoint = None if resume is False else newest_checkpoint(output)
     if checkpoint is not None:
         _same_run(record, settings)
         return checkpoint
@@ -50,10 +46,22 @@ def start_run(output: Path, settings: dict[str, Any], resume: bool | None) -> Pa
     if (output / "config.json").exists() and not record.exists() and resume is None:
         rule = f"[train] the output folder must be empty or hold a run of thrifty; {output} holds another model"
         raise ThriftyError(f"{rule}; choose another --output, or overwrite it by --fresh")
-    output.mkdir(parents=True, exist_ok=True)
-    # Without a checkpoint the tokenizer may be of another text.
-    (output / "tokenizer.json").unlink(missing_ok=True)
     return None
+
+
+def clear_run(output: Path, fresh: bool) -> None:
+    """Make the folder of a run that starts at the beginning, without what it holds of an earlier one.
+
+    fresh: its checkpoints and logs go too.
+    """
+    if fresh:
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(output / "logs", ignore_errors=True)
+        (output / RECORD).unlink(missing_ok=True)
+    with explained(output):
+        output.mkdir(parents=True, exist_ok=True)
+    # The tokenizer may be of another text.
+    (output / "tokenizer.json").unlink(missing_ok=True)
 
 
 def read_record(output: Path) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from thrifty.checkpoint import atomic_file
+
 #: Heights of a terminal cell, in eighths.
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -28,7 +30,8 @@ def plot(history: Sequence[dict[str, float]], file: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="Loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=120)
+    with atomic_file(file) as picture:
+        figure.savefig(picture, format="png", dpi=120)
 
 
 def terminal_plot(values: Sequence[float], width: int = 60, height: int = 8) -> str:

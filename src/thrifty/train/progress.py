@@ -1,5 +1,7 @@
 """What a person sees while a model trains: a bar, losses, the time left."""
 
+from typing import Self
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
@@ -22,6 +24,13 @@ class ProgressBar(TrainerCallback):
             transient=True,
         )
         self.task = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Training that fails does not come to its end, and the bar hides the cursor.
+        self.bar.stop()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar.start()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from thrifty.checkpoint import atomic_file
 from thrifty.checkpoint.chat_format import ASSISTANT, CHAT_TEMPLATE, END, SYSTEM, USER
 from thrifty.errors import ThriftyError
 
@@ -49,5 +50,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
         "model_max_length": max_length,
         "chat_template": CHAT_TEMPLATE,
     }
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with atomic_file(folder / "tokenizer.json", "w") as file:
+        file.write(tokenizer.to_str(pretty=True))
+    with atomic_file(folder / "tokenizer_config.json", "w") as file:
+        file.write(json.dumps(config, indent=2) + "\n")

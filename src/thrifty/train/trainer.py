@@ -17,19 +17,19 @@ import torch
 import transformers
 from rich.console import Console
 from tokenizers import Tokenizer
-from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
-from transformers.integrations.integration_utils import TensorBoardCallback
 
 import thrifty
+from thrifty.checkpoint import UnwritableError
 from thrifty.errors import ThriftyError
 from thrifty.models import BitNetConfig, BitNetForCausalLM, round_dense_parameters
 from thrifty.train.blocks import PackedBlocks
-from thrifty.train.checkpoints import CHECKPOINTS, read_record, start_run, write_record
+from thrifty.train.checkpoints import CHECKPOINTS, checkpoint_to_resume, clear_run, read_record, write_record
 from thrifty.train.compiled import CompiledLayers, can_compile
 from thrifty.train.corpus import Corpus
 from thrifty.train.curve import plot
 from thrifty.train.evaluate import bits_per_byte
+from thrifty.train.event_files import event_files
 from thrifty.train.initial import initialize
 from thrifty.train.optimizer import build_optimizer, learning_rate_factor
 from thrifty.train.presets import Preset, Recipe
@@ -96,8 +96,12 @@ class CausalTrainer(Trainer):
         except Exception as problem:
             # What was cut off must not be taken for a checkpoint.
             shutil.rmtree(folder, ignore_errors=True)
+            reason = problem.reason if isinstance(problem, UnwritableError) else problem
+            if "inline_container" in str(problem):
+                # torch.save says where its archive ends, and not why.
+                reason = "a file was cut off, as on a full disk"
             way_out = "free some space and repeat the command to go on from the checkpoint before"
-            raise ThriftyError(f"[train] {folder} could not be written: {problem}; {way_out}") from problem
+            raise ThriftyError(f"[train] {folder} could not be written: {reason}; {way_out}") from problem
 
 
 def train(
@@ -122,8 +126,8 @@ def train(
     """
     console = console or Console(stderr=True)
     settings = {"preset": asdict(preset), "corpus": corpus.record(), "max_minutes": max_minutes}
-    checkpoint = start_run(output, settings, resume)
-    tokenizer = _tokenizer(corpus, preset, output)
+    checkpoint = checkpoint_to_resume(output, settings, resume)
+    tokenizer = _tokenizer(corpus, preset, output if checkpoint else None)
     set_seed(preset.recipe.seed)
     model = BitNetForCausalLM(_config(preset, tokenizer))
     initialize(model, preset.recipe)
@@ -131,19 +135,24 @@ def train(
     recipe = _in_time(model, preset.recipe, max_minutes, read_record(output) if checkpoint else {})
     _greet(console, corpus, preset, recipe, model, output, checkpoint)
     blocks, glance, scale = _blocks(corpus, recipe, tokenizer)
+    # Everything fits: only now is the folder touched.
+    if checkpoint is None:
+        clear_run(output, fresh=resume is False)
+    save_tokenizer(tokenizer, output, preset.shape.max_position_embeddings)
     write_record(output, {"settings": settings, "finished": False, "steps": recipe.steps})
-    trainer = CausalTrainer(
-        recipe=recipe,
-        since=started,
-        model=model,
-        args=_arguments(recipe, output, glance is not None),
-        train_dataset=blocks,
-        eval_dataset=glance,
-        callbacks=[ProgressBar(console, scale), TensorBoardCallback(SummaryWriter(str(output / "logs")))],
-    )
-    trainer.remove_callback(PrinterCallback)
-    with quiet():
+    with quiet(), event_files(output / "logs") as events, ProgressBar(console, scale) as bar:
+        trainer = CausalTrainer(
+            recipe=recipe,
+            since=started,
+            model=model,
+            args=_arguments(recipe, output, glance is not None),
+            train_dataset=blocks,
+            eval_dataset=glance,
+            callbacks=[bar, events],
+        )
+        trainer.remove_callback(PrinterCallback)
         _run(trainer, checkpoint)
+    with quiet():
         round_dense_parameters(model)
         model.save_pretrained(output)
     history = trainer.state.log_history
@@ -187,14 +196,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def _tokenizer(corpus: Corpus, preset: Preset, output: Path) -> Tokenizer:
-    file = output / "tokenizer.json"
-    if file.exists():
-        return Tokenizer.from_file(str(file))
+def _tokenizer(corpus: Corpus, preset: Preset, resumed: Path | None) -> Tokenizer:
+    """The tokenizer of the run that is resumed, or one of the text."""
+    if resumed is not None and (resumed / "tokenizer.json").exists():
+        return Tokenizer.from_file(str(resumed / "tokenizer.json"))
     texts = (text for part in corpus.parts for _ in range(part.vocabulary_weight) for text in part.documents)
-    tokenizer = train_tokenizer(texts, preset.shape.vocab_size)
-    save_tokenizer(tokenizer, output, preset.shape.max_position_embeddings)
-    return tokenizer
+    return train_tokenizer(texts, preset.shape.vocab_size)
 
 
 def _blocks(corpus: Corpus, recipe: Recipe, tokenizer: Tokenizer) -> tuple[PackedBlocks, PackedBlocks | None, float]:
