@@ -9,7 +9,7 @@ import pytest
 
 from thrifty import native, spec
 from thrifty.errors import ThriftyError
-from thrifty.native import PackedMatrix
+from thrifty.native import PackedMatrix, _library
 
 UGLY = (1, 3, 63, 257, 500)
 #: One row, every remainder of a group of eight, and more rows than one chunk of 64.
@@ -59,6 +59,22 @@ def test_the_longest_row_does_not_overflow(implementation, fmt):
         for activation in (-128, 127):
             w, x = np.full((1, cols), weight, np.int8), np.full((1, cols), activation, np.int8)
             assert multiply(w, x, np.ones(1, np.float32), 1.0, fmt) == np.float32(cols * weight * activation)
+
+
+@pytest.mark.parametrize("fmt", ["i2", "base3", "row_block", "i8", "i4"])
+def test_more_columns_than_sums_hold_are_refused(implementation, fmt):
+    most = _library.MOST_COLS[fmt]
+    with pytest.raises(
+        ThriftyError, match=rf"\[pack\] .*'{fmt}' .* at most {most} columns.*; got {most + 1}; split it"
+    ):
+        native.pack(fmt, np.zeros((1, most + 1), np.int8))
+    with pytest.raises(ThriftyError, match=rf"\[unpack\] .* got {most + 1}"):
+        native.unpack(fmt, np.zeros(4, np.uint8), 1, most + 1)
+    # Sums of the format's largest codes, at the limit.
+    if fmt != "row_block":
+        largest = spec.FORMATS[fmt].codes[-1]
+        w, x = np.full((1, most), largest, np.int8), np.full((1, most), -128, np.int8)
+        assert multiply(w, x, np.ones(1, np.float32), 1.0, fmt) == np.float32(-128 * largest * most)
 
 
 @pytest.mark.parametrize("fmt", native.KERNEL_FORMATS)
@@ -129,6 +145,21 @@ def test_padded_rows_of_x_are_read_in_place(implementation, rng, fmt):
     padded[:, :33] = x
     y = PackedMatrix.from_codes(w, fmt).matmul(padded, x_scales, 2.0)
     np.testing.assert_array_equal(y, spec.ternary_matmul(x, x_scales, w, 2.0))
+
+
+@pytest.mark.skipif(not native.available(), reason="addresses need the native library")
+def test_a_failure_between_addresses_tells_the_status():
+    matrix, x, one = (
+        PackedMatrix.from_codes(np.ones((3, 16), np.int8)),
+        np.ones((1, 16), np.int8),
+        np.ones(3, np.float32),
+    )
+    y = np.empty(3, np.float32)
+    arguments = (x.ctypes.data, 16, one.ctypes.data, 1, one.ctypes.data)
+    with pytest.raises(ThriftyError, match=r"\[ternary_matmul\] a shape, stride or pointer is out of range"):
+        matrix.matmul_into(*arguments, 2, None, y.ctypes.data)
+    matrix.matmul_into(*arguments, 3, None, y.ctypes.data)
+    assert (y == 16).all()
 
 
 @pytest.mark.skipif(not native.available(), reason="addresses need the native library")

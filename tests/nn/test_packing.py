@@ -32,6 +32,11 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
+def test_a_layer_of_too_many_inputs_is_refused():
+    with pytest.raises(ThriftyError, match=r"\[pack\] .* at most 262144 columns.*; got 262145; split it"):
+        packed_layer(2**18 + 1, 1)
+
+
 @pytest.mark.parametrize("weight", ["ternary", "binary"])
 @pytest.mark.parametrize(("cols", "rows"), SIZES)
 def test_packing_changes_no_bit_of_the_output(weight, cols, rows):

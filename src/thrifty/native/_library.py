@@ -18,6 +18,9 @@ FILE_NAME = {"win32": "libthrifty.dll", "darwin": "libthrifty.dylib"}.get(sys.pl
 #: Numbers of the formats in the C interface.
 FORMAT_IDS = {"i2": 0, "base3": 1, "row_block": 2, "i8": 3, "i4": 4}
 
+#: Most columns of a matrix in each format, for its sums to stay in int32 (csrc/formats.hpp).
+MOST_COLS = {"i2": 2**18, "base3": 2**18, "row_block": 2**18, "i8": 2**16, "i4": 2**17}
+
 _int, _i64, _size, _float, _pointer = (
     ctypes.c_int,
     ctypes.c_int64,
@@ -76,6 +79,16 @@ class Library:
         """Raises ThriftyError for a status other than success."""
         if status != 0:
             raise ThriftyError(f"[{op}] {self.status_text(status).decode()}")
+
+
+def check_cols(op: str, fmt: str, cols: int) -> None:
+    """Raises ThriftyError for more columns than products of the format can sum; with and without the library."""
+    most = MOST_COLS.get(fmt, cols)
+    if cols > most:
+        raise ThriftyError(
+            f"[{op}] a matrix in '{fmt}' must have at most {most} columns, for its sums to fit int32; got {cols};"
+            " split it by columns, or leave it unpacked"
+        )
 
 
 @cache

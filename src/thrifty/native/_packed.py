@@ -4,7 +4,7 @@ import numpy as np
 
 from thrifty import spec
 from thrifty.errors import ThriftyError
-from thrifty.native._library import FORMAT_IDS, aligned_empty, load
+from thrifty.native._library import FORMAT_IDS, aligned_empty, check_cols, load
 from thrifty.native._threads import default_threads
 
 #: Ternary formats that kernels multiply, and those of output heads.
@@ -16,13 +16,11 @@ def pack(fmt: str, codes: np.ndarray) -> np.ndarray:
     """Bytes of weight codes int8 [rows, cols], as `thrifty.spec.pack`: uint8 of the format's packed shape.
 
     fmt: 'i2', 'base3' or 'row_block' natively, any format of the spec through numpy. Raises ThriftyError where a code
-    is not in the format.
+    is not in the format, or the columns are too many for its products.
     """
-    record = _format(fmt)
-    library = load()
+    record, library, codes = _format(fmt), load(), _codes("pack", fmt, codes)
     if library is None or fmt not in FORMAT_IDS:
         return spec.pack(record, codes)
-    codes = _codes("pack", codes)
     packed = aligned_empty(record.nbytes(*codes.shape)).reshape(record.packed_shape(*codes.shape))
     pack_into(fmt, codes, packed)
     return packed
@@ -30,7 +28,7 @@ def pack(fmt: str, codes: np.ndarray) -> np.ndarray:
 
 def pack_into(fmt: str, codes: np.ndarray, packed: np.ndarray) -> None:
     """`pack` into a contiguous uint8 array of the packed size."""
-    record, library, codes = _format(fmt), load(), _codes("pack", codes)
+    record, library, codes = _format(fmt), load(), _codes("pack", fmt, codes)
     if library is None or fmt not in FORMAT_IDS:
         packed[...] = spec.pack(record, codes)
         return
@@ -46,9 +44,11 @@ def pack_into(fmt: str, codes: np.ndarray, packed: np.ndarray) -> None:
 def unpack(fmt: str, packed: np.ndarray, rows: int, cols: int) -> np.ndarray:
     """Weight codes int8 [rows, cols] of bytes made by `pack`, as `thrifty.spec.unpack`.
 
-    Raises ThriftyError where the byte count does not fit the shape or a digit stands for no code.
+    Raises ThriftyError where the byte count does not fit the shape, a digit stands for no code, or the columns are too
+    many for the format's products.
     """
     record = _format(fmt)
+    check_cols("unpack", fmt, cols)
     library = load()
     if library is None or fmt not in FORMAT_IDS or packed.size != record.nbytes(rows, cols):
         return spec.unpack(record, packed, rows, cols)
@@ -82,6 +82,7 @@ class PackedMatrix:
         """Takes bytes that `pack` made, uint8 of the format's packed size, contiguous, without copying them."""
         if fmt not in MATRIX_FORMATS:
             raise ThriftyError(f"[ternary_matmul] format must be one of {', '.join(MATRIX_FORMATS)}; got '{fmt}'")
+        check_cols("ternary_matmul", fmt, cols)
         record = spec.FORMATS[fmt]
         self.nbytes = record.nbytes(rows, cols)
         if packed.dtype != np.uint8 or packed.size != self.nbytes or not packed.flags.c_contiguous:
@@ -217,9 +218,10 @@ def _format(name: str) -> spec.Format:
     return spec.FORMATS[name]
 
 
-def _codes(op: str, codes: np.ndarray) -> np.ndarray:
+def _codes(op: str, fmt: str, codes: np.ndarray) -> np.ndarray:
     if codes.dtype != np.int8 or codes.ndim != 2 or codes.size == 0:
         raise ThriftyError(f"[{op}] codes must be int8 [rows, cols], neither 0; got {codes.dtype} {codes.shape}")
+    check_cols(op, fmt, codes.shape[1])
     return np.ascontiguousarray(codes)
 
 

@@ -8,7 +8,7 @@ from enum import IntEnum, IntFlag
 import numpy as np
 
 from thrifty.errors import ThriftyError
-from thrifty.native._library import FORMAT_IDS, load
+from thrifty.native._library import FORMAT_IDS, check_cols, load
 
 
 class OpCode(IntEnum):
@@ -172,6 +172,7 @@ def repack(
     library = load()
     if library is None:
         raise ThriftyError("[pack] repacking needs the native library; install with a C++ compiler")
+    check_cols("pack", fmt, row_block.shape[1])
     row_block = np.ascontiguousarray(row_block)
     status = library.repack(
         *(FORMAT_IDS[fmt], row_block.ctypes.data, rows, row_block.shape[1], packed.ctypes.data),
