@@ -13,7 +13,8 @@ from thrifty.native._library import FORMAT_IDS
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 ROOT = Path(__file__).parents[2]
-FLAGS = "-std=c++17 -O2 -static -ffp-contract=off -Wall -Wextra -Wshadow -Werror -DTHRIFTY_BUILD_NEON".split()
+WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Werror"]
+FLAGS = ["-std=c++17", "-O2", "-static", "-ffp-contract=off", "-DTHRIFTY_BUILD_NEON", *WARNINGS]
 
 
 def fields(*values: int) -> bytes:
