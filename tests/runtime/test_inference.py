@@ -1,10 +1,11 @@
 import sys
 
+import numpy as np
 import pytest
 from tiny_checkpoints import write_checkpoint
 
 from thrifty import ThriftyError
-from thrifty.runtime import BitNetInference
+from thrifty.runtime import BitNetInference, load
 
 
 def test_a_packed_folder(tmp_path):
@@ -13,6 +14,36 @@ def test_a_packed_folder(tmp_path):
     text = bitnet.generate("The dog jumped over the ", 40, seed=1)
     assert isinstance(text, str)
     assert text == bitnet.generate("The dog jumped over the ", 40, seed=1)
+
+
+def test_a_text_longer_than_the_context_goes_on_from_its_last_half(tmp_path):
+    path = write_checkpoint(tmp_path / "model", max_position_embeddings=32).path
+    bitnet, runtime, prompt = BitNetInference(), load(path), "The dog jumped over the "
+    bitnet.load_model(path)
+    text = bitnet.generate(prompt, 100, seed=1)
+    assert text == bitnet.generate(prompt, 100, seed=1)
+    assert len(text) > 40
+    rng, window, made = np.random.default_rng(1), runtime.encode(prompt), []
+    for count in (9, 17, 17, 17, 17, 17, 6):
+        options = {"temperature": 1.0, "top_k": 30, "ignore_eos": True, "seed": rng}
+        made += runtime.generate_tokens(window, max_new_tokens=count, **options)
+        window = [*runtime.encode(prompt), *made][-16:]
+    assert text == "".join(runtime.text_of(made))
+    # A longer text is read from its last tokens; a shorter one gives what the runtime alone does.
+    assert bitnet.generate("x" * 50 + prompt * 2, 3, seed=2) == bitnet.generate((prompt * 2)[-32:], 3, seed=2)
+    assert isinstance(bitnet.generate("", 40, seed=0), str)
+    with pytest.raises(ThriftyError, match="at least 0; got -1"):
+        bitnet.generate(prompt, -1)
+
+
+def test_a_folder_of_the_seeds_transformer_speaks_bytes(tmp_path):
+    sizes = {"feed_forward": "mlp", "norm_placement": "pre", "hidden_act": "gelu", "tokenizer": False}
+    bitnet = BitNetInference()
+    bitnet.load_model(write_checkpoint(tmp_path / "bytes", vocab_size=256, **sizes).path)
+    assert len(bitnet.generate("The dog jumped over the ", 512, seed=0)) > 0
+    bitnet.load_model(write_checkpoint(tmp_path / "few", vocab_size=255, **sizes).path)
+    with pytest.raises(ThriftyError, match=r"has no tokenizer\.json"):
+        bitnet.generate("a", 1)
 
 
 def test_what_cannot_be_loaded(tmp_path, monkeypatch):

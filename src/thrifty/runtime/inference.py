@@ -1,9 +1,11 @@
 """The BitNet seed's inference class, over the runtime."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from thrifty import native, spec
@@ -35,25 +37,57 @@ class BitNetInference:
         """Load a packed (or latent) folder, or a `.pth` file: the state dict of a `thrifty.models.BitNetTransformer`.
 
         A `.pth` needs torch and is read with `weights_only=True`. Its sizes are those of its tensors; `dim_head` is the
-        one that no tensor tells. Its tokens are bytes. Raises ThriftyError where the file is no such model.
+        one that no tensor tells. Its tokens are bytes, and so are those of a folder that such a transformer was saved
+        to without a tokenizer. Raises ThriftyError where the file is no such model.
         """
         path = Path(path)
-        self._runtime = load(path) if path.is_dir() else _load_state_dict(path, dim_head)
+        self._runtime = _load_folder(path) if path.is_dir() else _load_state_dict(path, dim_head)
 
     def generate(self, input_str: str, length: int, *, seed: int | None = None) -> str:
-        """The continuation of `input_str`, `length` tokens drawn from the most likely tenth of the vocabulary."""
+        """The continuation of `input_str`, `length` tokens drawn from the most likely tenth of the vocabulary.
+
+        Text and continuation may exceed the model's context: it then goes on from the last half of the context, read
+        anew, each time the context is full. A longer `input_str` is read from its last tokens that fit.
+        """
         if self._runtime is None:
             raise ThriftyError("[BitNetInference] generate needs a model; call load_model first")
-        return self._runtime.generate(
-            input_str,
-            max_new_tokens=length,
+        tokens = _sliding(self._runtime, self._runtime.encode(input_str), length, np.random.default_rng(seed))
+        return "".join(self._runtime.text_of(tokens))
+
+
+def _sliding(runtime: Runtime, prompt: list[int], length: int, rng: np.random.Generator) -> Iterator[int]:
+    """`length` tokens after `prompt`, each seeing at least half a context where there is one."""
+    context = runtime.max_context
+    window = prompt[-context:]
+    while True:
+        # The last token is returned, not read; an empty prompt begins with a token that the model names.
+        count = min(length, context - max(1, len(window)) + 1)
+        tokens = runtime.stream_tokens(
+            window,
+            max_new_tokens=count,
             temperature=1.0,
-            top_k=max(1, int(_KEPT * self._runtime.config.vocab_size)),
+            top_k=max(1, int(_KEPT * runtime.config.vocab_size)),
             top_p=1.0,
             repetition_penalty=1.0,
             ignore_eos=True,
-            seed=seed,
+            seed=rng,
         )
+        for token in tokens:
+            window.append(token)
+            yield token
+        length -= count
+        if length <= 0:
+            return
+        window = window[-max(1, context // 2) :]
+
+
+def _load_folder(path: Path) -> Runtime:
+    runtime = load(path)
+    config = runtime.config
+    of_the_transformer = (config.feed_forward, config.norm_placement, config.linear) == ("mlp", "pre", "ternary")
+    if runtime.tokenizer is None and of_the_transformer and config.vocab_size >= 256:
+        runtime.tokenizer = byte_tokenizer()
+    return runtime
 
 
 def _load_state_dict(path: Path, dim_head: int) -> Runtime:

@@ -71,7 +71,8 @@ class Runtime:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, defaults: Defaults, folder: Folder) -> None:
         self._decoder = decoder
-        self._tokenizer = tokenizer
+        #: What turns text into tokens and back; None where the folder has none.
+        self.tokenizer = tokenizer
         self._defaults = defaults
         self._folder = folder
 
@@ -127,16 +128,16 @@ class Runtime:
         top_k: int | None = None,
         top_p: float | None = None,
         repetition_penalty: float | None = None,
-        seed: int | None = None,
+        seed: int | np.random.Generator | None = None,
         ignore_eos: bool = False,
         cache: Cache | None = None,
     ) -> Iterator[int]:
         """The continuation of `prompt` (a text, or token ids), token by token; an end-of-sequence token ends it.
 
-        Options left out are those of generation_config.json. temperature 0 takes the most likely token; a seed makes
-        sampling repeatable. max_new_tokens left out is also cut to the room in the context. cache: one of `new_cache`,
-        whose prefix shared with the prompt is not computed again. Raises ThriftyError where prompt and max_new_tokens
-        exceed the context, or an option is out of range.
+        Options left out are those of generation_config.json. temperature 0 takes the most likely token; a seed, or a
+        generator, makes sampling repeatable. max_new_tokens left out is also cut to the room in the context. cache: one
+        of `new_cache`, whose prefix shared with the prompt is not computed again. Raises ThriftyError where prompt and
+        max_new_tokens exceed the context, or an option is out of range.
         """
         run = self._begin(prompt, max_new_tokens, seed, ignore_eos, temperature, top_k, top_p, repetition_penalty)
         return self._tokens(run, self._cache_for(run) if cache is None else cache)
@@ -217,7 +218,12 @@ class Runtime:
         return chosen_template(self._folder.json("tokenizer_config.json").get("chat_template"))
 
     def _begin(
-        self, prompt: str | Sequence[int], max_new_tokens: int | None, seed: int | None, ignore_eos: bool, *choice
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int | None,
+        seed: int | np.random.Generator | None,
+        ignore_eos: bool,
+        *choice,
     ) -> Continuation:
         """choice: temperature, top_k, top_p and repetition_penalty, None where the model's default holds."""
         tokens = self._prompt(prompt)
@@ -328,11 +334,11 @@ class Runtime:
         return self._tokenizer_or_error().encode(text, add_special_tokens=add_special_tokens).ids
 
     def _tokenizer_or_error(self) -> Tokenizer:
-        if self._tokenizer is None:
+        if self.tokenizer is None:
             raise ThriftyError(
                 f"[tokenizer] text needs a tokenizer; {self._folder.path} has no tokenizer.json; pass token ids"
             )
-        return self._tokenizer
+        return self.tokenizer
 
 
 def _no_memory(what: str, error: MemoryError) -> ThriftyError:
