@@ -113,6 +113,13 @@ def test_generation_config_is_checked_when_it_is_read(whole, tmp_path, fields, m
         load(path)
 
 
+@pytest.mark.parametrize("fields", [{"rms_norm_eps": 1e300}, {"rms_norm_eps": 10**400}, {"rope_theta": 1e-300}])
+def test_numbers_of_the_config_are_float32(tmp_path, fields):
+    fields = {"rope_parameters": None} | fields
+    with pytest.raises(ThriftyError, match="must be a positive number"):
+        load(write_checkpoint(tmp_path / "model", **fields).path)
+
+
 def test_the_most_positions_cost_nothing_until_they_are_used(tmp_path):
     path = write_checkpoint(tmp_path / "model", max_position_embeddings=2**24).path
     few = write_checkpoint(tmp_path / "few", max_position_embeddings=64).path

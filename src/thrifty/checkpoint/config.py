@@ -12,7 +12,8 @@ from thrifty.spec import ACTIVATIONS
 
 #: Rotary base where config.json names none, by model type.
 ROPE_THETA = {"bitnet": 500_000.0, "thrifty": 10_000.0}
-FLOAT32 = np.finfo(np.float32)
+#: Positive float32 numbers.
+LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 #: Positions are float32 in the rotary angles, which holds no larger whole numbers one by one.
 MOST_POSITIONS = 1 << 24
 
@@ -162,7 +163,7 @@ class _Reader:
 
     def positive(self, name: str, default: float) -> float:
         value = self.given(name, default)
-        if type(value) not in (int, float) or not FLOAT32.tiny <= value <= FLOAT32.max:
+        if type(value) not in (int, float) or not LEAST <= value <= MOST:
             raise self.error(name, "be a positive number", value)
         return float(value)
 
