@@ -20,15 +20,24 @@ def chat(monkeypatch, capsys, arguments: list[str], lines: str) -> tuple[str, st
 
 
 def test_answers_are_the_conversations(path, monkeypatch, capsys):
-    conversation = Conversation(load(path), "S", max_new_tokens=9)
+    conversation = Conversation(load(path, head_bits=8, cache_bits=16), "S", max_new_tokens=9)
     expected = ["".join(conversation.ask(text)) for text in ("hi", "again")]
     out, err = chat(monkeypatch, capsys, [str(path), "--system", "S", "-n", "9"], "hi\nagain\n")
     assert all(answer in out for answer in expected)
     assert "/reset" in err
 
 
+def test_bits_are_the_runtimes(path, monkeypatch, capsys):
+    conversation = Conversation(load(path, head_bits=4, cache_bits=8), max_new_tokens=20)
+    answer = "".join(conversation.ask("hi"))
+    out, _ = chat(monkeypatch, capsys, [str(path), "-n", "20", "--head-bits=4", "--cache-bits=8"], "hi\n")
+    assert answer in out
+    assert main(["chat", str(path), "--cache-bits=3"]) == 2
+    assert "cache_bits must be one of 32, 16, 8; got 3" in capsys.readouterr().err
+
+
 def test_commands(path, monkeypatch, capsys):
-    conversation = Conversation(load(path), max_new_tokens=9)
+    conversation = Conversation(load(path, head_bits=8, cache_bits=16), max_new_tokens=9)
     answer = "".join(conversation.ask("hi"))
     out, err = chat(monkeypatch, capsys, [str(path), "-n", "9"], "hi\n/reset\nhi\n\n/what\n/quit\nnever read\n")
     assert out.count(answer) == 2

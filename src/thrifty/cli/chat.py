@@ -29,6 +29,8 @@ def main(
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1, tokens seen become less likely.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     weight_format: Annotated[str, typer.Option(help="Weights in memory: auto, i2 (2 bits) or base3 (1.6).")] = "auto",
+    head_bits: Annotated[int, typer.Option(help="Bits of the output head in memory: 8, 4, or 16 for as stored.")] = 8,
+    cache_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 32, 16 or 8.")] = 16,
     threads: Annotated[int | None, typer.Option(help="Threads; by default the physical cores.")] = None,
     context: Annotated[int | None, typer.Option(help="Positions to make room for; by default the model's.")] = None,
 ) -> None:
@@ -41,7 +43,14 @@ def main(
     from thrifty.errors import ThriftyError
     from thrifty.runtime import Conversation, load
 
-    runtime = load(model, weight_format=weight_format, n_threads=threads, max_context=context)
+    runtime = load(
+        model,
+        weight_format=weight_format,
+        n_threads=threads,
+        max_context=context,
+        head_bits=None if head_bits == 16 else head_bits,
+        cache_bits=cache_bits,
+    )
     # A template that cannot be rendered ends the command, not every turn.
     runtime.chat_prompt([{"role": "user", "content": "hello"}])
     conversation = Conversation(
