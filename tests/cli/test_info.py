@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -19,6 +20,19 @@ def test_code_paths_and_extras_are_shown(capsys):
     text = capsys.readouterr().out
     for word in (native.isa(), *native.built_isas(), *native.detected_isas(), "transformers", "threads"):
         assert word in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_no_path_is_cut(capsys, monkeypatch, terminal):
+    library = "/a/very/long" + "/path" * 40 + "/libthrifty.so"
+    facts = native.info() | {"library": library}
+    monkeypatch.setattr(native, "info", lambda: facts)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "…" not in text
+    assert library in (text if not terminal else re.sub(r"\x1b\[[0-9;]*m|\s", "", text))
 
 
 def test_json_holds_the_parts_of_a_model(folder, capsys):

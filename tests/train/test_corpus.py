@@ -75,7 +75,7 @@ def test_a_bad_file_is_named(tmp_path, content, message):
 
 
 def test_a_missing_path_is_named(tmp_path):
-    with pytest.raises(ThriftyError, match=r"nowhere does not exist"):
+    with pytest.raises(ThriftyError, match=r"nowhere does not exist.* --dataset"):
         text_corpus(tmp_path / "nowhere", 0.05)
 
 

@@ -31,8 +31,12 @@ def main(
         return
     from rich.console import Console
 
+    console = Console()
+    if not console.is_terminal:
+        # What goes to a file or a pipe is not folded: a path stays one word there.
+        console = Console(width=10_000)
     for rows in facts.values():
-        Console(soft_wrap=True).print(_table(rows))
+        console.print(_table(rows))
 
 
 def installation() -> dict[str, Any]:
@@ -105,6 +109,8 @@ def _table(rows: dict[str, Any]) -> Any:
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for key, value in rows.items():
         table.add_row(Text(key, style="bold"), Text(_plain(value)))
     return table

@@ -117,7 +117,8 @@ def text_corpus(path: Path, heldout: float) -> Corpus:
     if path.is_dir():
         return _corpus(str(path), _folder(path), heldout)
     if not path.exists():
-        raise ThriftyError(f"[corpus] the text must be a file or a folder; {path} does not exist; check the path")
+        rule = f"[corpus] the text must be a file or a folder; {path} does not exist"
+        raise ThriftyError(f"{rule}; check the path, or give a data set of Hugging Face by --dataset")
     try:
         return _corpus(str(path), [path.read_text(encoding="utf-8")], heldout)
     except UnicodeDecodeError as problem:
