@@ -1,6 +1,7 @@
 // Runs cases that test_neon.py wrote against every instruction set of this build, and exits with 1 at the first
 // difference. A case is a list of int64 fields, then its arrays, each in the order in which `run_*` reads them.
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -79,13 +80,30 @@ void run_quantize() {
   });
 }
 
+void run_glu() {
+  const auto f = read<int64_t>(2);
+  const int64_t count = f[0], activation = f[1];
+  const auto gate = read<float>(count), up = read<float>(count), y = read<float>(count);
+  const float tolerance = read<float>(1)[0];
+  on_every_isa([&] {
+    std::vector<float> got(y.size(), std::nanf(""));
+    thrifty_glu(gate.data(), up.data(), int(activation), count, got.data(), 2);
+    for (size_t i = 0; i < y.size(); ++i) {
+      if (std::fabs(got[i] - y[i]) <= tolerance) continue;
+      std::printf("glu differs on %s\n", thrifty_isa_name(thrifty_isa_selected()));
+      std::exit(1);
+    }
+  });
+}
+
 }  // namespace
 
 int main(int, char** argv) {
   input = std::fopen(argv[1], "rb");
   if (input == nullptr) return 2;
   int64_t kind, cases = 0;
-  for (; std::fread(&kind, sizeof(kind), 1, input) == 1; ++cases) kind == 0 ? run_matmul() : run_quantize();
+  void (*const runs[])() = {run_matmul, run_quantize, run_glu};
+  for (; std::fread(&kind, sizeof(kind), 1, input) == 1; ++cases) runs[kind]();
   on_every_isa([] { std::printf("%s ", thrifty_isa_name(thrifty_isa_selected())); });
   std::printf("%lld\n", static_cast<long long>(cases));
   return 0;

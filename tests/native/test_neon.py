@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from thrifty import spec
+from thrifty.native import ACTIVATION_IDS
 from thrifty.native._library import FORMAT_IDS
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -43,6 +44,14 @@ def quantize_case(rng: np.random.Generator, n: int, d: int, norm: bool) -> bytes
     return fields(1, n, d, norm) + b"".join(a.tobytes() for a in arrays)
 
 
+def glu_case(rng: np.random.Generator, count: int, act: str) -> bytes:
+    """The float ops are one text over a class of sixteen floats; ARM runs it on plain C++."""
+    gate, up = (rng.standard_normal((2, count)) * 4).astype(np.float32)
+    y = spec.glu(gate, up, act).astype(np.float32)
+    tolerance = np.full(1, spec.TOLERANCES["float32"] * max(1, np.abs(y).max()), np.float32)
+    return fields(2, count, ACTIVATION_IDS[act]) + b"".join(a.tobytes() for a in (gate, up, y, tolerance))
+
+
 def test_neon_equals_the_spec(tmp_path, rng, report_path):
     if platform.machine() in ("aarch64", "arm64"):
         pytest.skip("this machine runs NEON itself")
@@ -60,6 +69,7 @@ def test_neon_equals_the_spec(tmp_path, rng, report_path):
     ]
     cases += [matmul_case(rng, fmt, 17, 3000, 4, full) for fmt in ("i2", "base3") for full in (-1, 1)]
     cases += [quantize_case(rng, n, d, norm) for n in (1, 3) for d in (*sizes, 16, 2560) for norm in (True, False)]
+    cases += [glu_case(rng, count, act) for count in (*sizes, 16) for act in spec.ACTIVATIONS]
     (tmp_path / "cases").write_bytes(b"".join(cases))
 
     csrc = ROOT / "csrc"
