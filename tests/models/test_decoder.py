@@ -1,12 +1,16 @@
 """The suite that every mixture passes."""
 
+import shutil
+
 import pytest
 import torch
 from models.suite import MIXTURES, SMALL, close_in_most, small_model, small_tokens
+from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 from thrifty.errors import ThriftyError
 from thrifty.models import ThriftyConfig, ThriftyForCausalLM, ThriftyModel, round_dense_parameters, save_packed
+from thrifty.models.decoder import _compiled_layer
 from thrifty.nn import is_packed, pack, unpack
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -194,12 +198,13 @@ def test_low_precision_keeps_logits_in_float32(tokens):
         assert logits(small_model("bitnet"), tokens).dtype == torch.float32
 
 
-# torch's own tracer makes a Function object and looks at gradients, and torch warns of both.
+# torch warns of what its own compiler does.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
-def test_layers_compile_without_a_graph_break(tokens, monkeypatch):
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, backend="aot_eager", fullgraph=True, **kw))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_layers_compile_once_for_all_in_one_piece(tokens):
+    torch._dynamo.reset()
+    counters.clear()
     model = small_model("bitnet").train()
 
     def gradients():
@@ -211,7 +216,27 @@ def test_layers_compile_without_a_graph_break(tokens, monkeypatch):
     model.compile_layers()
     for a, b in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
     assert torch.equal(logits(model.eval(), tokens), logits(small_model("bitnet"), tokens))
+    assert not torch._dynamo.config.suppress_errors
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_do_not_compile_train_as_they_are(tokens, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no compiler today")
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, backend=fails, **kw))
+    torch._dynamo.reset()
+    _compiled_layer.cache_clear()
+    model = small_model("bitnet").train()
+    expected = model(tokens, labels=tokens).loss
+    model.compile_layers()
+    assert torch.equal(model(tokens, labels=tokens).loss, expected)
+    _compiled_layer.cache_clear()
+    torch._dynamo.reset()
 
 
 def test_too_long_a_text_is_refused():

@@ -1,6 +1,7 @@
 """The one decoder: a layer is a token mixer and a feed-forward, each chosen by the config."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,6 +75,18 @@ class DecoderLayer(GradientCheckpointingLayer):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@cache
+def _compiled_layer() -> Callable:
+    """The forward of a layer, compiled at its first call. It is none of a model's state, which can be copied."""
+    compiled = torch.compile(DecoderLayer.forward, dynamic=False)
+
+    def forward(*args: Any) -> Tensor:
+        with torch._dynamo.config.patch(suppress_errors=True):  # pyright: ignore[reportAttributeAccessIssue]
+            return compiled(*args)
+
+    return forward
+
+
 class ThriftyPreTrainedModel(CheckpointedModel):
     """What every model on this decoder shares: initialisation, loading and saving."""
 
@@ -108,16 +121,17 @@ class ThriftyModel(ThriftyPreTrainedModel):
         theta = (config.rope_parameters or {})["rope_theta"]
         self.rotary_emb = RotaryEmbedding(int(config.head_dim or 0), config.max_position_embeddings, theta)
         self.gradient_checkpointing = False
-        self._compiled_layer: Callable | None = None
+        self._compiled = False
         self.finish(stored)
 
     def compile_layers(self) -> None:
         """Fuse the layers' training step with `torch.compile`; evaluation and generation stay as they are.
 
-        One compilation serves all layers. It needs a C++ compiler on CPUs, and takes some twenty seconds at the first
-        step and at each new shape of a batch.
+        One compilation serves all layers, for they differ in their weights only. It needs a C++ compiler on CPUs, and
+        takes some twenty seconds at the first step and at each new shape of a batch; where it fails, torch says so and
+        goes on without. Layers whose activations are recomputed (gradient checkpointing) are not compiled.
         """
-        self._compiled_layer = torch.compile(DecoderLayer.forward, dynamic=False)
+        self._compiled = True
 
     def forward(
         self,
@@ -155,9 +169,9 @@ class ThriftyModel(ThriftyPreTrainedModel):
             position_ids = self._positions(x, attention_mask, past_key_values)
         rotary = self.rotary_emb(position_ids)
         states = [x]
-        run: Callable = DecoderLayer.__call__
-        if self._compiled_layer is not None and self.training and torch.is_grad_enabled():
-            run = self._compiled_layer
+        compiled = self._compiled and self.training and torch.is_grad_enabled()
+        recomputed = any(layer.gradient_checkpointing for layer in self.layers)
+        run = _compiled_layer() if compiled and not recomputed else DecoderLayer.__call__
         for layer in self.layers:
             x = run(layer, x, rotary, mask, past_key_values)
             states.append(x)

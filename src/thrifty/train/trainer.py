@@ -1,12 +1,13 @@
 """Training on the Hugging Face Trainer: text and a preset in, a folder with a trained model out."""
 
 import math
+import os
 import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +26,6 @@ from thrifty.errors import ThriftyError
 from thrifty.models import BitNetConfig, BitNetForCausalLM, round_dense_parameters
 from thrifty.train.blocks import PackedBlocks
 from thrifty.train.checkpoints import CHECKPOINTS, checkpoint_to_resume, clear_run, read_record, write_record
-from thrifty.train.compiled import CompiledLayers, can_compile
 from thrifty.train.corpus import Corpus
 from thrifty.train.curve import plot
 from thrifty.train.evaluate import bits_per_byte
@@ -61,7 +61,6 @@ class CausalTrainer(Trainer):
         self.latent, self.recipe = model, recipe
         #: When the seconds not logged yet began.
         self.since = since
-        self.layers = _layers(model, recipe)
         super().__init__(model=model, **kwargs)
 
     def create_optimizer(self, model=None):
@@ -77,10 +76,6 @@ class CausalTrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self.layers():
-            return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log with the seconds the run has taken; a resumed run counts on from its checkpoint."""
@@ -131,6 +126,8 @@ def train(
     set_seed(preset.recipe.seed)
     model = BitNetForCausalLM(_config(preset, tokenizer))
     initialize(model, preset.recipe)
+    if preset.recipe.compile and can_compile():
+        model.compile_layers()
     started = time.perf_counter()
     recipe = _in_time(model, preset.recipe, max_minutes, read_record(output) if checkpoint else {})
     _greet(console, corpus, preset, recipe, model, output, checkpoint)
@@ -302,13 +299,12 @@ def seconds_per_step(model: PreTrainedModel, recipe: Recipe, count: int = 3) -> 
     """Time of a training step on a copy of the model: the median of `count` after one to warm up."""
     copy = deepcopy(model)
     optimizer = build_optimizer(copy, recipe)
-    layers = _layers(copy, recipe)
     size = (recipe.batch_size, recipe.sequence_length)
     tokens = torch.randint(model.config.vocab_size, size, device=model.device)
     times = []
     for _ in range(count + 1):
         start = time.perf_counter()
-        with layers(), torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
             loss = copy(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
@@ -317,9 +313,9 @@ def seconds_per_step(model: PreTrainedModel, recipe: Recipe, count: int = 3) -> 
     return statistics.median(times[1:])
 
 
-def _layers(model: PreTrainedModel, recipe: Recipe) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which the model trains: with compiled layers where that is wanted and possible."""
-    return CompiledLayers(model) if recipe.compile and can_compile() else nullcontext
+def can_compile() -> bool:
+    """Whether there is the C++ compiler that torch.compile needs for a CPU."""
+    return torch.cuda.is_available() or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
 
 
 def _run(trainer: Trainer, checkpoint: Path | None) -> None:
