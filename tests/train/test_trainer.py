@@ -77,6 +77,14 @@ def test_dense_parameters_are_bf16_values(run):
     assert not torch.equal(latent, latent.bfloat16().float())
 
 
+def test_the_trained_model_computes_as_the_saved_one(run):
+    output, result = run
+    tokens = torch.arange(2, 18)[None]
+    with torch.no_grad():
+        ours = result.model.eval()(tokens).logits
+        assert torch.equal(BitNetForCausalLM.from_pretrained(output).eval()(tokens).logits, ours)
+
+
 def test_the_runtime_gives_the_same_bits_per_byte(run):
     output, result = run
     ours = bits_per_byte(result.model, result.tokenizer, CORPUS.heldout, 16, 4)

@@ -149,6 +149,8 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         _run(trainer, checkpoint)
+    # The trainer wraps the model's forward in autocast; what it leaves computes as the saved model does.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     with quiet():
         round_dense_parameters(model)
         model.save_pretrained(output)
