@@ -1,8 +1,12 @@
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from thrifty.cli import main
+from thrifty.cli.demo import parity
 from thrifty.train.corpus import Corpus, Part
 from thrifty.train.presets import preset
 
@@ -39,6 +43,11 @@ def test_the_whole_flow_ends_with_a_page_and_can_be_repeated(tmp_path, capsys):
     assert bits["packed"] == pytest.approx(bits["torch"], rel=1e-3)
     assert bits["xz -9 primed"] < bits["xz -9"]
     assert results["greedy"] == {"tokens": 200, "equal": True, "first_difference": None}
+    parity = results["parity"]
+    assert (parity["positions"], parity["mismatches"]) == (200, 0)
+    assert parity["clear"] > 100
+    assert f"{parity['clear']} of 200 held-out positions" in " ".join(text.replace("│", " ").split())
+    assert all(speed > 0 for speed in results["tokens_per_second"].values())
     assert results["bytes"]["packed"] < results["bytes"]["fp32"]
     assert (output / "model/loss.png").exists()
 
@@ -46,3 +55,27 @@ def test_the_whole_flow_ends_with_a_page_and_can_be_repeated(tmp_path, capsys):
     again = capsys.readouterr()
     assert "going on from checkpoint-3" in again.err
     assert json.loads((output / "results.json").read_text())["sample"] == results["sample"]
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize(
+    ("name", "wrong", "sentence"),
+    [
+        ("greedy_in_runtime", lambda *_: [0] * 200, "must write the same 200 tokens; they differ from token"),
+        ("parity", lambda *_: {"positions": 200, "clear": 190, "mismatches": 3}, "3 of 190 clear positions differ"),
+    ],
+)
+def test_a_runtime_that_differs_fails_after_the_page(tmp_path, capsys, monkeypatch, name, wrong, sentence):
+    monkeypatch.setattr(f"thrifty.cli.demo.{name}", wrong)
+    assert main(["demo", "-o", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert "what was gained" in shown.out
+    assert sentence in shown.err.splitlines()[-1]
+    assert (tmp_path / "results.json").exists()
+
+
+def test_parity_counts_only_what_torch_is_sure_of():
+    theirs = torch.tensor([[0.0, 1.0, 0.9], [0.0, 1.0, 0.9], [0.0, 1.0, 0.9999]])
+    model = lambda _: SimpleNamespace(logits=theirs[None])  # noqa: E731
+    runtime = SimpleNamespace(logits=lambda _: np.array([[0, 1, 0], [0, 0, 1], [0, 0, 1]]))
+    assert parity(model, runtime, [1, 2, 3]) == {"positions": 3, "clear": 2, "mismatches": 1}  # pyright: ignore

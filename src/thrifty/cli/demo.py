@@ -1,11 +1,16 @@
 """`thrifty demo`: the whole flow on the built-in text, and a page of what was gained."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from thrifty.errors import ThriftyError
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from thrifty.runtime import Runtime
@@ -25,6 +30,13 @@ thrifty demo --preset tiny --output runs/tiny   (seconds, and a model that babbl
 #: Opens the sample, and the tokens that torch and the runtime continue greedily.
 PROMPT = 'The "with" statement\n'
 GREEDY_TOKENS = 200
+#: Positions of the held-out text at which both must find the same token likeliest, and by which share of the range of
+#: the logits torch's best must lead for it to count.
+PARITY_TOKENS = 200
+CLEAR_MARGIN = 1e-3
+#: What speeds are measured on: tokens of a run, and how often, after a short one.
+TIMED_TOKENS = 64
+TIMED_RUNS = 3
 SAMPLE_TOKENS = 160
 
 
@@ -68,6 +80,21 @@ def main(
     with atomic_file(output / "results.json", "w") as file:
         file.write(json.dumps(results, indent=2) + "\n")
     Console().print(page(results, output / "results.json"))
+    check(results)
+
+
+def check(results: dict[str, Any]) -> None:
+    """Raise ThriftyError where the runtime did not do what torch does."""
+    parity, greedy = results["parity"], results["greedy"]
+    way_out = "report it with results.json and the output of thrifty info"
+    if parity["mismatches"]:
+        got = f"{parity['mismatches']} of {parity['clear']} clear positions differ"
+        raise ThriftyError(f"[demo] the runtime must find torch's likeliest tokens; {got}; {way_out}")
+    if not greedy["equal"]:
+        got = f"they differ from token {greedy['first_difference']} on"
+        raise ThriftyError(
+            f"[demo] torch and the runtime must write the same {greedy['tokens']} tokens; {got}; {way_out}"
+        )
 
 
 def measure(
@@ -77,11 +104,20 @@ def measure(
     from thrifty import native
     from thrifty.train.trainer import heldout_windows
 
+    model = trained.model.cpu().eval()
     prompt = runtime.encode(PROMPT)
-    with console.status("running both models greedily"):
-        torch_tokens, torch_seconds = greedy_in_torch(trained.model, prompt, GREEDY_TOKENS)
-        _, dense_seconds = greedy_in_torch(dense_twin(trained.model), prompt, GREEDY_TOKENS)
-        runtime_tokens, runtime_seconds = greedy_in_runtime(runtime, prompt, GREEDY_TOKENS)
+    with console.status("running both models on the same tokens"):
+        torch_tokens = greedy_in_torch(model, prompt, GREEDY_TOKENS)
+        runtime_tokens = greedy_in_runtime(runtime, prompt, GREEDY_TOKENS)
+        read = runtime.encode(corpus.heldout)[: min(PARITY_TOKENS, runtime.max_context)]
+        agreement = parity(model, runtime, read)
+    with console.status("timing both models"):
+        dense = dense_twin(model).eval()
+        speeds = {
+            "torch": tokens_per_second(partial(greedy_in_torch, model, prompt)),
+            "torch dense": tokens_per_second(partial(greedy_in_torch, dense, prompt)),
+            "runtime": tokens_per_second(partial(greedy_in_runtime, runtime, prompt)),
+        }
     with console.status("scoring the held-out text with the packed model"):
         packed_bits = runtime.bits_per_byte(corpus.heldout, *heldout_windows(preset.recipe))
     with console.status("compressing the held-out text, and the training text before it"):
@@ -94,11 +130,8 @@ def measure(
         "loss": [[entry["step"], entry["loss"]] for entry in trained.history if "loss" in entry],
         "bits_per_byte": {"torch": trained.record["bits_per_byte"], "packed": packed_bits, **compressed},
         "bytes": {"fp32": 4 * trained.record["parameters"], "packed": (packed / "model.safetensors").stat().st_size},
-        "tokens_per_second": {
-            "torch": GREEDY_TOKENS / torch_seconds,
-            "torch dense": GREEDY_TOKENS / dense_seconds,
-            "runtime": GREEDY_TOKENS / runtime_seconds,
-        },
+        "tokens_per_second": speeds,
+        "parity": agreement,
         "greedy": {"tokens": GREEDY_TOKENS, "equal": not differing, "first_difference": next(iter(differing), None)},
         "sample": {"prompt": PROMPT, "text": sample},
         "isa": native.isa(),
@@ -114,34 +147,57 @@ def dense_twin(model: Any) -> Any:
     return ThriftyForCausalLM(ThriftyConfig(**{**fields, "linear": "dense"}))
 
 
-def greedy_in_torch(model: Any, prompt: list[int], count: int) -> tuple[list[int], float]:
-    """The likeliest tokens after `prompt`, one by one over a cache of keys and values, and the seconds they took."""
-    import time
+def parity(model: Any, runtime: "Runtime", tokens: list[int]) -> dict[str, int]:
+    """At how many positions of a text both find the same token likeliest, given what stands before.
 
+    Clear are the positions where torch's margin between its two best logits exceeds `CLEAR_MARGIN` of the range of the
+    position's logits; only there a difference is a mismatch.
+    """
+    import numpy as np
     import torch
 
-    model.eval()
+    with torch.inference_mode():
+        theirs = model(torch.tensor([tokens])).logits[0].float().numpy()
+    second, best = np.partition(theirs, -2)[:, -2:].T
+    clear = best - second > CLEAR_MARGIN * np.ptp(theirs, -1)
+    differs = theirs.argmax(-1) != runtime.logits(tokens).argmax(-1)
+    return {"positions": len(tokens), "clear": int(clear.sum()), "mismatches": int((clear & differs).sum())}
+
+
+def tokens_per_second(generate: "Callable[[int], object]") -> float:
+    """How fast `generate(count)` makes tokens: the median of some runs, after a short one that warms up."""
+    import statistics
+    import time
+
+    generate(8)
+    seconds = []
+    for _ in range(TIMED_RUNS):
+        start = time.perf_counter()
+        generate(TIMED_TOKENS)
+        seconds.append(time.perf_counter() - start)
+    return TIMED_TOKENS / statistics.median(seconds)
+
+
+def greedy_in_torch(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The likeliest tokens after `prompt`, one by one over a cache of keys and values."""
+    import torch
+
     tokens: list[int] = []
     fed, cache = torch.tensor([prompt]), None
-    start = time.perf_counter()
     with torch.inference_mode():
         for _ in range(count):
             out = model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             tokens.append(int(out.logits[0, -1].argmax()))
             fed = torch.tensor([tokens[-1:]])
-    return tokens, time.perf_counter() - start
+    return tokens
 
 
-def greedy_in_runtime(runtime: "Runtime", prompt: list[int], count: int) -> tuple[list[int], float]:
+def greedy_in_runtime(runtime: "Runtime", prompt: list[int], count: int) -> list[int]:
     """The same by the runtime."""
-    import time
-
-    start = time.perf_counter()
-    tokens = runtime.generate_tokens(
+    return runtime.generate_tokens(
         prompt, max_new_tokens=count, temperature=0.0, repetition_penalty=1.0, ignore_eos=True
     )
-    return tokens, time.perf_counter() - start
 
 
 def compressors(corpus: "Corpus") -> dict[str, float]:

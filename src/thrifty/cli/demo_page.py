@@ -51,7 +51,7 @@ def _bits(results: dict[str, Any]) -> RenderableType:
     return Group(table, Text(""), Text(about, style="dim"))
 
 
-def _gains(results: dict[str, Any]) -> Table:
+def _gains(results: dict[str, Any]) -> RenderableType:
     size, speed, greedy = results["bytes"], results["tokens_per_second"], results["greedy"]
     table = Table.grid(padding=(0, 2))
     table.add_row("", "torch fp32", "packed, runtime", "")
@@ -67,11 +67,20 @@ def _gains(results: dict[str, Any]) -> Table:
         f"{speed['runtime']:.0f}",
         f"{speed['runtime'] / speed['torch dense']:.1f} × faster ({results['isa']}, {results['threads']} threads)",
     )
-    table.add_row("", Text(f"a dense model of the shape; the trained one, quantising: {speed['torch']:.0f}", "dim"))
     equal = "equal" if greedy["equal"] else f"different from token {greedy['first_difference']} on"
     style = "green" if greedy["equal"] else "red"
     table.add_row(f"{greedy['tokens']} greedy tokens", "", "", Text(equal, style=style))
-    return table
+    parity = results["parity"]
+    wrong, clear = parity["mismatches"], f"{parity['clear']} of {parity['positions']} held-out positions that are clear"
+    table.add_row(
+        "likeliest tokens", "", "", Text(f"{wrong} differ" if wrong else "equal", "red" if wrong else "green")
+    )
+    about = (
+        f"the speed of torch is that of a dense model of this shape; the trained one, which quantises in torch, makes"
+        f" {speed['torch']:.0f}\nthe likeliest tokens are compared at {clear}: torch's best leads by more than 1e-3 of"
+        f" the range"
+    )
+    return Group(table, Text(""), Text(about, style="dim"))
 
 
 def _next(results: dict[str, Any], record: Path) -> Table:
