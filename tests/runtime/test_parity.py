@@ -38,7 +38,7 @@ def models(request, tmp_path_factory) -> tuple:
     round_dense_parameters(model)
     folder = tmp_path_factory.mktemp("packed") / "model"
     save_packed(model, folder)
-    return model, load(folder, cache_bits=32)
+    return model, load(folder)
 
 
 def torch_logits(model, tokens: list[int]) -> np.ndarray:
@@ -78,4 +78,4 @@ def test_a_latent_folder_runs_like_its_packed_copy(models, tmp_path):
     model, runtime = models
     model.save_pretrained(tmp_path / "latent")
     tokens = list(range(100))
-    np.testing.assert_array_equal(load(tmp_path / "latent", cache_bits=32).logits(tokens), runtime.logits(tokens))
+    np.testing.assert_array_equal(load(tmp_path / "latent").logits(tokens), runtime.logits(tokens))
