@@ -11,6 +11,11 @@
 #endif
 #endif
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace thrifty {
 namespace {
 
@@ -47,13 +52,23 @@ uint64_t saved_state() {
 
 bool has(uint32_t word, int position) { return (word >> position) & 1; }
 
+// Linux saves tiles only for a process that has asked for them, and may refuse. Other systems are not asked.
+bool tiles_granted() {
+#if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
 uint32_t detect() {
   uint32_t found = bit(THRIFTY_GENERIC);
   if (cpuid(0).eax < 7) return found;
   const Registers one = cpuid(1), seven = cpuid(7);
   const bool osxsave = has(one.ecx, 27), avx = has(one.ecx, 28);
   if (!osxsave || !avx) return found;
-  constexpr uint64_t ymm = 0x06, zmm = 0xE6;
+  constexpr uint64_t ymm = 0x06, zmm = 0xE6, tiles = 0x60000;
   const uint64_t state = saved_state();
   const bool fma = has(one.ecx, 12), f16c = has(one.ecx, 29);
   if ((state & ymm) == ymm && has(seven.ebx, 5) && fma && f16c) found |= bit(THRIFTY_AVX2);
@@ -62,6 +77,8 @@ uint32_t detect() {
   if ((state & zmm) == zmm && f && dq && bw && vl && vnni) {
     found |= bit(THRIFTY_AVX512);
     if (vbmi) found |= bit(THRIFTY_AVX512_VBMI);
+    const bool tile = has(seven.edx, 24), int8 = has(seven.edx, 25);
+    if (vbmi && tile && int8 && (state & tiles) == tiles && tiles_granted()) found |= bit(THRIFTY_AMX);
   }
   return found;
 }

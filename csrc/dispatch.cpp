@@ -42,6 +42,10 @@ constexpr Kernels kAvx512 = {THRIFTY_MATMULS(avx512, avx512), avx512::quantize, 
 constexpr Kernels kAvx512Vbmi = {THRIFTY_MATMULS(avx512, avx512_vbmi), avx512::quantize, avx512::rms_norm,
                                  THRIFTY_STEP(avx512), avx512::read};
 #endif
+#if defined(THRIFTY_BUILD_AMX)
+constexpr Kernels kAmx = {THRIFTY_MATMULS(amx, amx), avx512::quantize, avx512::rms_norm, THRIFTY_STEP(avx512),
+                          avx512::read};
+#endif
 
 struct Isa {
   const char* name;
@@ -69,6 +73,11 @@ constexpr Isa kIsas[THRIFTY_ISA_COUNT] = {
     {"avx512_vbmi", &kAvx512Vbmi},
 #else
     {"avx512_vbmi", nullptr},
+#endif
+#if defined(THRIFTY_BUILD_AMX)
+    {"amx", &kAmx},
+#else
+    {"amx", nullptr},
 #endif
 };
 

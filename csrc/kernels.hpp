@@ -156,6 +156,7 @@ THRIFTY_MATMUL(avx512)
 namespace avx512_vbmi {
 void matmul_base3(const TernaryMatmul& m, size_t first, size_t end);
 }
+THRIFTY_MATMUL(amx)
 THRIFTY_QUANTIZE(generic)
 THRIFTY_QUANTIZE(neon)
 THRIFTY_QUANTIZE(avx2)

@@ -41,7 +41,8 @@ enum thrifty_isa {
   THRIFTY_AVX2 = 2,        /* and FMA, F16C */
   THRIFTY_AVX512 = 3,      /* F, BW, VL, DQ, VNNI */
   THRIFTY_AVX512_VBMI = 4, /* and VBMI */
-  THRIFTY_ISA_COUNT = 5
+  THRIFTY_AMX = 5,         /* and the tiles of AMX-INT8, where the system grants their state */
+  THRIFTY_ISA_COUNT = 6
 };
 
 /* Number formats, as src/thrifty/spec/formats.py defines them. Kernels read all but ROW_BLOCK. */

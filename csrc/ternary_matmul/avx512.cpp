@@ -3,20 +3,6 @@
 namespace thrifty {
 namespace {
 
-struct I2 {
-  static constexpr int kDigits = 4;
-  static constexpr int kBits = 2;
-  static constexpr int kOffset = 1;
-
-  template <bool kScaled>
-  static void digits(__m512i block, __m512i* out) {
-    out[0] = field<0, kScaled>(block);
-    out[1] = field<1, kScaled>(block);
-    out[2] = field<2, kScaled>(block);
-    out[3] = field<3, kScaled>(block);
-  }
-};
-
 /// Without byte permutes over 128 entries: byte = 81 d4 + 9 q + m, and q and m, both below 9, are looked up.
 struct Base3 {
   static constexpr int kDigits = 5;
@@ -53,30 +39,6 @@ struct Base3 {
     out[1] = _mm512_shuffle_epi8(high(a), m);
     out[2] = _mm512_shuffle_epi8(low(b), q);
     out[3] = _mm512_shuffle_epi8(high(c), q);
-  }
-};
-
-struct I8 {
-  static constexpr int kDigits = 1;
-  static constexpr int kBits = 8;
-  static constexpr int kOffset = 127;
-
-  template <bool>
-  static void digits(__m512i block, __m512i* out) {
-    out[0] = block;
-  }
-};
-
-struct I4 {
-  static constexpr int kDigits = 2;
-  static constexpr int kBits = 4;
-  static constexpr int kOffset = 7;
-
-  template <bool kScaled>
-  static void digits(__m512i block, __m512i* out) {
-    const __m512i low = _mm512_set1_epi8(15);
-    out[0] = _mm512_and_si512(block, low);
-    out[1] = kScaled ? _mm512_andnot_si512(low, block) : _mm512_and_si512(_mm512_srli_epi16(block, 4), low);
   }
 };
 

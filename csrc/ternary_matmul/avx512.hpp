@@ -36,6 +36,44 @@ inline __m512i unscale(__m512i sum) {
   return _mm512_srai_epi32(sum, kBits * kDigit);
 }
 
+struct I2 {
+  static constexpr int kDigits = 4;
+  static constexpr int kBits = 2;
+  static constexpr int kOffset = 1;
+
+  template <bool kScaled>
+  static void digits(__m512i block, __m512i* out) {
+    out[0] = field<0, kScaled>(block);
+    out[1] = field<1, kScaled>(block);
+    out[2] = field<2, kScaled>(block);
+    out[3] = field<3, kScaled>(block);
+  }
+};
+
+struct I8 {
+  static constexpr int kDigits = 1;
+  static constexpr int kBits = 8;
+  static constexpr int kOffset = 127;
+
+  template <bool>
+  static void digits(__m512i block, __m512i* out) {
+    out[0] = block;
+  }
+};
+
+struct I4 {
+  static constexpr int kDigits = 2;
+  static constexpr int kBits = 4;
+  static constexpr int kOffset = 7;
+
+  template <bool kScaled>
+  static void digits(__m512i block, __m512i* out) {
+    const __m512i low = _mm512_set1_epi8(15);
+    out[0] = _mm512_and_si512(block, low);
+    out[1] = kScaled ? _mm512_andnot_si512(low, block) : _mm512_and_si512(_mm512_srli_epi16(block, 4), low);
+  }
+};
+
 /// Products with `vpdpbusd`: a dword of weights per row meets one dword of x, broadcast, and no sum crosses lanes.
 /// `Decode` gives kDigits and `digits<scaled>(block, out)`: the unsigned digits of a block, one register per place.
 ///

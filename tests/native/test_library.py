@@ -33,7 +33,7 @@ def test_the_environment_forces_an_instruction_set(isa):
 def test_an_unknown_instruction_set_fails():
     result = python("from thrifty import native; native.isa()", THRIFTY_ISA="sse9")
     assert result.returncode != 0
-    assert "must be one of generic, neon, avx2, avx512, avx512_vbmi; got 'sse9'" in result.stderr
+    assert "must be one of generic, neon, avx2, avx512, avx512_vbmi, amx; got 'sse9'" in result.stderr
     assert "built: generic" in result.stderr
     assert "detected: generic" in result.stderr
 
@@ -83,6 +83,28 @@ def test_threads_come_from_the_environment():
     assert python(code, THRIFTY_NUM_THREADS="3").stdout.strip() == "3"
     assert "THRIFTY_NUM_THREADS must be a whole number above 0; got '0'" in python(code, THRIFTY_NUM_THREADS="0").stderr
     assert 1 <= native.default_threads() <= max(native.cpu_threads(), int(os.environ.get("THRIFTY_NUM_THREADS", 1)))
+
+
+REFUSED = """
+import ctypes
+from thrifty import native
+
+class Stack(ctypes.Structure):
+    _fields_ = [("memory", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+small = ctypes.create_string_buffer(4096)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(small), 0, 4096)), None) == 0
+print(*native.info()["detected"])
+"""
+
+
+@pytest.mark.skipif("amx" not in native.detected_isas(), reason="there are no tiles to refuse")
+def test_refused_tiles_are_not_detected():
+    # Linux refuses the state of tiles to a process with a signal stack on which it would not fit.
+    detected = [isa for isa in native.detected_isas() if isa != "amx"]
+    assert python(REFUSED).stdout.split() == detected
+    result = python(REFUSED, THRIFTY_ISA="amx")
+    assert "is not detected on this processor; got 'amx'" in result.stderr
 
 
 @needs_library

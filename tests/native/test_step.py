@@ -100,8 +100,9 @@ class TestMatmul:
                     np.testing.assert_array_equal(y.array[:, rows:], np.full((n, 5), start, np.float32))
 
     @pytest.mark.parametrize("act", ACTIVATION_IDS)
-    def test_activation_and_gate(self, isa, act):
-        rows, cols, n = 37, 90, 3
+    @pytest.mark.parametrize("n", [3, 37])
+    def test_activation_and_gate(self, isa, act, n):
+        rows, cols = 37, 90
         order = [0, 3, 1, 4, 2, 5]
         for fmt in ("i2", "base3"):
             gate, g_scale, g_bias, x, scales = self.make(fmt, rows, cols, n)

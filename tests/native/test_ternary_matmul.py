@@ -14,6 +14,11 @@ from thrifty.native import PackedMatrix, _library
 UGLY = (1, 3, 63, 257, 500)
 #: One row, every remainder of a group of eight, and more rows than one chunk of 64.
 TOKENS = (1, 2, 3, 5, 9, 15, 67)
+#: Rows of x, rows and columns: registers, blocks and chunks of many rows, full or not.
+MANY = (
+    *((16, 257, 500), (17, 63, 1300), (31, 1, 3), (32, 48, 640), (33, 50, 641)),
+    *((100, 40, 63), (256, 16, 1280), (257, 37, 700), (600, 33, 257)),
+)
 
 
 def operands(rng: np.random.Generator, rows: int, cols: int, n: int):
@@ -42,6 +47,17 @@ def test_equals_the_spec(implementation, rng, fmt, rows, cols):
 
 
 @pytest.mark.parametrize("fmt", native.KERNEL_FORMATS)
+@pytest.mark.parametrize(("n", "rows", "cols"), MANY)
+def test_many_rows_equal_the_spec(implementation, rng, fmt, n, rows, cols):
+    w, x, x_scales = operands(rng, rows, cols, n)
+    bias, w_scale = rng.standard_normal(rows).astype(np.float32), rng.uniform(0.01, 2, rows).astype(np.float32)
+    expected = spec.ternary_matmul(x, x_scales, w, w_scale, bias)
+    for n_threads in (1, 2, 3, 7):
+        y = multiply(w, x, x_scales, w_scale, fmt, bias, n_threads=n_threads)
+        np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("fmt", native.KERNEL_FORMATS)
 @pytest.mark.parametrize("weight", [-1, 0, 1])
 @pytest.mark.parametrize("activation", [-128, -127, 0, 127])
 def test_saturated_rows_do_not_overflow(implementation, fmt, weight, activation):
@@ -55,10 +71,16 @@ def test_saturated_rows_do_not_overflow(implementation, fmt, weight, activation)
 @pytest.mark.parametrize("fmt", native.KERNEL_FORMATS)
 def test_the_longest_row_does_not_overflow(implementation, fmt):
     cols = 2**18
-    for weight in (-1, 1):
-        for activation in (-128, 127):
-            w, x = np.full((1, cols), weight, np.int8), np.full((1, cols), activation, np.int8)
-            assert multiply(w, x, np.ones(1, np.float32), 1.0, fmt) == np.float32(cols * weight * activation)
+    for n, weight, activation in (
+        (1, -1, -128),
+        (1, -1, 127),
+        (1, 1, -128),
+        (1, 1, 127),
+        (17, -1, -128),
+        (17, 1, -128),
+    ):
+        w, x = np.full((1, cols), weight, np.int8), np.full((n, cols), activation, np.int8)
+        assert (multiply(w, x, np.ones(n, np.float32), 1.0, fmt) == np.float32(cols * weight * activation)).all()
 
 
 @pytest.mark.parametrize("fmt", ["i2", "base3", "row_block", "i8", "i4"])
@@ -167,7 +189,7 @@ def test_a_failure_between_addresses_tells_the_status():
 def test_nothing_is_written_beside_y(guarded, rng, rows):
     for isa in set(native.built_isas()) & set(native.detected_isas()):
         native.select_isa(isa)
-        for n in (1, 9):
+        for n in (1, 9, 21):
             w, x, x_scales = operands(rng, rows, 80, n)
             y, scale = guarded((n, rows), np.float32), np.ones(1, np.float32)
             PackedMatrix.from_codes(w).matmul_into(
