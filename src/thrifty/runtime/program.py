@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from thrifty import native
 from thrifty.checkpoint import Folder
 from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD
 from thrifty.native import ACTIVATION_IDS, DTYPE_IDS, NO_FLAGS, Epilogue, Op, OpCode, OpFlag, Program
 from thrifty.runtime.rope import RopeTables
-from thrifty.runtime.weights import Arena, Matrix, read_head, read_matrix, tiles_of
+from thrifty.runtime.weights import CACHE_LINE, Arena, Matrix, read_head, read_matrix, tiles_of
 from thrifty.spec import CHUNK
 from thrifty.spec.formats import TILE_ROWS
 
@@ -63,7 +64,8 @@ class DecoderProgram:
         own = max(rows, self._options.n_threads)
         widest = max(c.hidden_size, c.q_size, c.intermediate_size)
         floats = c.linear == "dense" or self._options.head_bits is None
-        self._codes = np.zeros(own * (widest + 80), np.int8)
+        # A row is padded to a block of its format, and then to a cache line.
+        self._codes = native.aligned_empty(own * (widest + 2 * CACHE_LINE)).view(np.int8)
         self._scales = np.zeros(own, np.float32)
         self._normed = np.zeros(
             (own, widest if c.linear == "dense" else c.hidden_size) if floats else (0, 0), np.float32

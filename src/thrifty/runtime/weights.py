@@ -15,6 +15,8 @@ from thrifty.spec.formats import TILE_ROWS
 
 #: Bytes of weights below which a model may stay in the processor's caches from step to step.
 CACHED_BYTES = 32 << 20
+#: Bytes.
+CACHE_LINE = 64
 #: Rows of a head that are quantised at a time.
 _HEAD_ROWS = 256
 #: Bytes of a piece of an arena.
@@ -48,8 +50,10 @@ class Matrix:
 
     @property
     def width(self) -> int:
-        """Columns that a row of x must have."""
-        return self.cols if self.scale is None else spec.FORMATS[self.layout].padded(1, self.cols)[1]
+        """Columns of a row of x: of codes, whole cache lines, since a load that spans two takes twice as long."""
+        if self.scale is None:
+            return self.cols
+        return -(-spec.FORMATS[self.layout].padded(1, self.cols)[1] // CACHE_LINE) * CACHE_LINE
 
     def product(
         self,
