@@ -33,18 +33,14 @@ class NumpyDecoder:
 
     def __init__(self, folder: Folder, max_context: int, head_bits: int | None = None) -> None:
         config = folder.config
-        weight_format, n_threads = "i2", 1
         self.config = config
         self.max_context = max_context
         self._embedding = folder.tensors[EMBEDDING]
         self._head = make_head(folder.tensors[EMBEDDING if config.tie_word_embeddings else HEAD], head_bits)
         self._final_gain = folder.float32(FINAL_NORM)
-        self._layers = [
-            _Layer(folder, f"model.layers.{layer}.", weight_format, n_threads)
-            for layer in range(config.num_hidden_layers)
-        ]
+        self._layers = [_Layer(folder, f"model.layers.{layer}.") for layer in range(config.num_hidden_layers)]
         self._rope = RopeTables(max_context, config.head_dim, config.rope_theta)
-        self._work = Workspace(config, PREFILL_ROWS, max(p.width for p in self._layers[0].projections))
+        self._work = Workspace(config, PREFILL_ROWS)
         self._one = self._work.rows(1)
         self._lock = threading.Lock()
 
@@ -85,12 +81,12 @@ class NumpyDecoder:
         T, first = len(tokens), len(cache)
         with self._lock, np.errstate(over="ignore", under="ignore"):
             work = self._one if T == 1 else self._work.rows(T)
-            work.x.array[:] = self._embed(tokens)
+            work.x[:] = self._embed(tokens)
             cos, sin = _turns(self._rope, first, first + T)
             for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
                 layer(work, cos, sin, keys, values, first)
             cache.tokens.extend(tokens)
-            return native.rms_norm(work.x.array, self._final_gain, self.config.rms_norm_eps)
+            return native.rms_norm(work.x, self._final_gain, self.config.rms_norm_eps)
 
     def _logits(self, hidden: np.ndarray) -> np.ndarray:
         with self._lock:
@@ -102,7 +98,7 @@ class NumpyDecoder:
 
 
 class _Layer:
-    def __init__(self, folder: Folder, prefix: str, weight_format: str, n_threads: int) -> None:
+    def __init__(self, folder: Folder, prefix: str) -> None:
         config = folder.config
         sub_ln, glu = config.norm_placement == "sub_ln", config.feed_forward == "glu"
 
@@ -110,7 +106,7 @@ class _Layer:
             return folder.float32(f"{prefix}{norm}.weight")
 
         def projection(linears: list[str], gain: np.ndarray | None) -> Projection:
-            return _projection(folder, prefix, linears, gain, weight_format, n_threads)
+            return _projection(folder, prefix, linears, gain)
 
         gate_up = ["mlp.gate_proj", "mlp.up_proj"] if glu else ["mlp.up_proj"]
         self._qkv = projection([f"self_attn.{x}_proj" for x in "qkv"], gain("input_layernorm"))
@@ -127,24 +123,24 @@ class _Layer:
         self, work: Workspace, cos: np.ndarray, sin: np.ndarray, keys: np.ndarray, values: np.ndarray, first: int
     ) -> None:
         """Replace `work.x` by the layer's output; keys and values of the new positions go into the cache."""
-        x, added = work.x.array, work.added.array
-        self._qkv(work.x, work.qkv, work)
+        x, added = work.x, work.added
+        self._qkv(work.x, work.qkv)
         self._attend(work, cos, sin, keys, values, first)
-        self._o(work.attended, work.added, work)
+        self._o(work.attended, work.added)
         np.add(x, added, x)
-        self._gate_up(work.x, work.gate_up, work)
-        gate_up, inner = work.gate_up.array, work.inner.array
+        self._gate_up(work.x, work.gate_up)
+        gate_up, inner = work.gate_up, work.inner
         self._act(gate_up[:, : self._inner], inner)
         if self._glu:
             np.multiply(inner, gate_up[:, self._inner :], inner)
-        self._down(work.inner, work.added, work)
+        self._down(work.inner, work.added)
         np.add(x, added, x)
 
     def _attend(
         self, work: Workspace, cos: np.ndarray, sin: np.ndarray, keys: np.ndarray, values: np.ndarray, first: int
     ) -> None:
         """Turn queries and keys to their positions, keep keys and values, write `work.attended`."""
-        qkv, turned, swapped = work.qkv.array, work.turned.array, work.swapped.array
+        qkv, turned, swapped = work.qkv, work.turned, work.swapped
         T, split = qkv.shape[0], (self._heads + self._kv_heads) * self._head_dim
         pairs = qkv[:, :split].reshape(turned.shape)
         np.multiply(pairs, cos, turned)
@@ -153,12 +149,10 @@ class _Layer:
         turned = turned.reshape(T, -1, self._head_dim)
         keys[:, first : first + T] = turned[:, self._heads :].transpose(1, 0, 2)
         values[:, first : first + T] = qkv[:, split:].reshape(T, self._kv_heads, self._head_dim).transpose(1, 0, 2)
-        attention(turned[:, : self._heads], keys, values, first, work.attended.array)
+        attention(turned[:, : self._heads], keys, values, first, work.attended)
 
 
-def _projection(
-    folder: Folder, prefix: str, linears: list[str], gain: np.ndarray | None, weight_format: str, n_threads: int
-) -> Projection:
+def _projection(folder: Folder, prefix: str, linears: list[str], gain: np.ndarray | None) -> Projection:
     """One product of several linears with the same input, their rows stacked."""
     config = folder.config
     rows = [linear_shapes(config)[linear][0] for linear in linears]
@@ -173,8 +167,8 @@ def _projection(
     scale = np.array([scale for _, scale in parts], np.float32)
     if len(parts) > 1:
         scale = np.repeat(scale, rows)
-    packed = native.PackedMatrix.from_codes(codes, weight_format)
-    return TernaryProjection(packed, scale, bias, gain, config.rms_norm_eps, n_threads)
+    packed = native.PackedMatrix.from_codes(codes, "i2")
+    return TernaryProjection(packed, scale, bias, gain, config.rms_norm_eps)
 
 
 def _turns(rope: RopeTables, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,10 +4,7 @@ import numpy as np
 
 from thrifty import native, spec
 from thrifty.checkpoint import Tensor
-from thrifty.runtime.workspace import Buffer, Workspace
 
-#: Bytes of weights, times rows of x, below which waking a second thread costs more than it saves.
-PARALLEL_BYTES = 1 << 20
 #: Bytes by which a 16-bit head may grow to be kept as float32.
 WIDEN_LIMIT = 32 << 20
 #: Bytes of a block of it otherwise.
@@ -24,61 +21,23 @@ class TernaryProjection:
         bias: np.ndarray | None,
         gain: np.ndarray | None,
         eps: float,
-        n_threads: int,
     ) -> None:
         """scale: float32 [1] or [rows]; bias: float32 [rows] or None; gain: of the norm, None for no norm."""
         self.nbytes = matrix.nbytes
-        self.width = matrix.width
         self._matrix = matrix
-        self._scale = Buffer.of(scale)
-        self._bias = None if bias is None else Buffer.of(bias)
-        self._gain = None if gain is None else Buffer.of(gain)
+        self._scale = scale
+        self._bias = bias
+        self._gain = gain
         self._eps = eps
-        self._n_threads = n_threads
-        self._native = native.available()
 
-    def __call__(self, x: Buffer, out: Buffer, work: Workspace) -> None:
+    def __call__(self, x: np.ndarray, out: np.ndarray) -> None:
         """Write y [T, rows] for x float32 [T, cols]."""
-        if not self._native:
-            self._through_numpy(x.array, out.array)
-            return
-        matrix, gain, bias = self._matrix, self._gain, self._bias
-        T = x.array.shape[0]
-        threads = self._n_threads if T * self.nbytes >= PARALLEL_BYTES else 1
-        native.quantize_into(
-            x.address,
-            gain and gain.address,
-            self._eps,
-            gain is not None,
-            T,
-            matrix.cols,
-            work.codes.address,
-            self.width,
-            work.scales.address,
-            threads,
-        )
-        matrix.matmul_into(
-            work.codes.address,
-            self.width,
-            work.scales.address,
-            T,
-            self._scale.address,
-            self._scale.array.size,
-            bias and bias.address,
-            out.address,
-            threads,
-        )
-
-    def _through_numpy(self, x: np.ndarray, out: np.ndarray) -> None:
-        gain, bias = self._gain and self._gain.array, self._bias and self._bias.array
-        codes, scales = native.quantize_per_token(x, gain, self._eps, gain is not None)
-        self._matrix.matmul(codes, scales, self._scale.array, bias, out=out)
+        codes, scales = native.quantize_per_token(x, self._gain, self._eps, self._gain is not None)
+        self._matrix.matmul(codes, scales, self._scale, self._bias, out=out)
 
 
 class DenseProjection:
     """y = rms_norm(x, gain) W^T + b in float32; several W with one input are stacked by rows."""
-
-    width = 0
 
     def __init__(self, weight: np.ndarray, bias: np.ndarray | None, gain: np.ndarray | None, eps: float) -> None:
         """weight: float32 [rows, cols]; bias and gain as for TernaryProjection."""
@@ -88,12 +47,12 @@ class DenseProjection:
         self._gain = gain
         self._eps = eps
 
-    def __call__(self, x: Buffer, out: Buffer, work: Workspace) -> None:
+    def __call__(self, x: np.ndarray, out: np.ndarray) -> None:
         """Write y [T, rows] for x float32 [T, cols]."""
-        y = x.array if self._gain is None else native.rms_norm(x.array, self._gain, self._eps)
-        np.matmul(y, self._weight.T, out.array)
+        y = x if self._gain is None else native.rms_norm(x, self._gain, self._eps)
+        np.matmul(y, self._weight.T, out)
         if self._bias is not None:
-            np.add(out.array, self._bias, out.array)
+            np.add(out, self._bias, out)
 
 
 class Head:

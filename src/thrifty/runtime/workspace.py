@@ -1,72 +1,42 @@
-"""Scratch arrays of a step, with their addresses taken once."""
-
-from dataclasses import dataclass
+"""Scratch arrays of a step."""
 
 import numpy as np
 
 from thrifty.checkpoint import DecoderConfig
 
 
-@dataclass(frozen=True, eq=False)
-class Buffer:
-    """An array and its address: asking numpy for it costs as much as a small kernel."""
-
-    array: np.ndarray
-    address: int
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...], dtype: type = np.float32) -> "Buffer":
-        """Zeroed memory."""
-        return cls.of(np.zeros(shape, dtype))
-
-    @classmethod
-    def of(cls, array: np.ndarray) -> "Buffer":
-        """The array and where it lies."""
-        return cls(array, array.ctypes.data)
-
-    def rows(self, T: int) -> "Buffer":
-        """The first T rows."""
-        return Buffer(self.array[:T], self.address)
-
-
 class Workspace:
     """Buffers of a step of T positions; `rows` gives the same memory for fewer."""
 
     #: Residual stream [T, hidden].
-    x: Buffer
+    x: np.ndarray
     #: Queries, keys and values as one product gives them [T, q + 2 kv].
-    qkv: Buffer
+    qkv: np.ndarray
     #: Queries and keys with their positions [T, heads + kv_heads, 2, head_dim / 2], and scratch of that shape.
-    turned: Buffer
-    swapped: Buffer
+    turned: np.ndarray
+    swapped: np.ndarray
     #: Output of attention [T, q].
-    attended: Buffer
+    attended: np.ndarray
     #: Gate and up, or up alone [T, 2 inner or inner], and after the activation [T, inner].
-    gate_up: Buffer
-    inner: Buffer
+    gate_up: np.ndarray
+    inner: np.ndarray
     #: What a sub-layer adds to the residual stream [T, hidden].
-    added: Buffer
-    #: Activation codes of a product, whatever its width, and their scales.
-    codes: Buffer
-    scales: Buffer
+    added: np.ndarray
 
-    def __init__(self, config: DecoderConfig, T: int, width: int) -> None:
-        """width: the widest padded row of activation codes."""
+    def __init__(self, config: DecoderConfig, T: int) -> None:
         heads = config.num_attention_heads + config.num_key_value_heads
         gates = 2 if config.feed_forward == "glu" else 1
-        self.x = Buffer.empty((T, config.hidden_size))
-        self.qkv = Buffer.empty((T, config.q_size + 2 * config.kv_size))
-        self.turned = Buffer.empty((T, heads, 2, config.head_dim // 2))
-        self.swapped = Buffer.empty((T, heads, 2, config.head_dim // 2))
-        self.attended = Buffer.empty((T, config.q_size))
-        self.gate_up = Buffer.empty((T, gates * config.intermediate_size))
-        self.inner = Buffer.empty((T, config.intermediate_size))
-        self.added = Buffer.empty((T, config.hidden_size))
-        self.codes = Buffer.empty((T, width), np.int8)
-        self.scales = Buffer.empty((T,))
+        self.x = np.zeros((T, config.hidden_size), np.float32)
+        self.qkv = np.zeros((T, config.q_size + 2 * config.kv_size), np.float32)
+        self.turned = np.zeros((T, heads, 2, config.head_dim // 2), np.float32)
+        self.swapped = np.zeros((T, heads, 2, config.head_dim // 2), np.float32)
+        self.attended = np.zeros((T, config.q_size), np.float32)
+        self.gate_up = np.zeros((T, gates * config.intermediate_size), np.float32)
+        self.inner = np.zeros((T, config.intermediate_size), np.float32)
+        self.added = np.zeros((T, config.hidden_size), np.float32)
 
     def rows(self, T: int) -> "Workspace":
         """The first T positions of every buffer."""
         part = object.__new__(Workspace)
-        part.__dict__.update({name: buffer.rows(T) for name, buffer in self.__dict__.items()})
+        part.__dict__.update({name: array[:T] for name, array in self.__dict__.items()})
         return part
