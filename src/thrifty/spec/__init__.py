@@ -4,12 +4,16 @@ Integer results of an implementation equal these bit for bit; floats lie within 
 """
 
 from thrifty.spec.attention import CHUNK, attention
+from thrifty.spec.dynamic_mask import dynamic_mask_attention, kept_until, key_scores
 from thrifty.spec.formats import BASE3, BINARY, FORMATS, I2, I4, I8, ROW_BLOCK, Format, pack, unpack
 from thrifty.spec.glu import ACTIVATIONS, glu
+from thrifty.spec.mlgru import mlgru
+from thrifty.spec.product_key_experts import product_key_experts, product_key_topk, staircase
 from thrifty.spec.quantize_per_token import quantize_per_token, rms_norm
 from thrifty.spec.quantizers import EPS, QMAX, absmean, binary_codes, round_bf16, ternary_codes
 from thrifty.spec.rope import apply_rope, rope_tables
 from thrifty.spec.sampling import penalize_repetition, sample
+from thrifty.spec.ssd import ssd
 from thrifty.spec.ternary_matmul import ternary_matmul
 
 #: Largest difference from the spec allowed in floating-point results, relative to the largest magnitude of the
@@ -34,14 +38,22 @@ __all__ = [
     "apply_rope",
     "attention",
     "binary_codes",
+    "dynamic_mask_attention",
     "glu",
+    "kept_until",
+    "key_scores",
+    "mlgru",
     "pack",
     "penalize_repetition",
+    "product_key_experts",
+    "product_key_topk",
     "quantize_per_token",
     "rms_norm",
     "rope_tables",
     "round_bf16",
     "sample",
+    "ssd",
+    "staircase",
     "ternary_codes",
     "ternary_matmul",
     "unpack",
