@@ -19,7 +19,8 @@ def test_scores_are_positive_and_start_at_one():
     weight = np.random.default_rng(1).normal(size=(2, 8)).astype(np.float32)
     np.testing.assert_array_equal(key_scores(v, np.zeros(2, np.float32), weight), 1)
     scores = key_scores(v, np.float32([-1, 1]), weight, np.float32([0, 3]))
-    assert np.all(scores[:, 0] < 1) and np.all(scores[:, 1] > 1)
+    assert np.all(scores[:, 0] < 1)
+    assert np.all(scores[:, 1] > 1)
     expected = np.exp(np.log1p(np.exp(v[3].reshape(-1) @ weight[1] + 3)))
     np.testing.assert_allclose(scores[3, 1], expected, rtol=1e-5)
 
