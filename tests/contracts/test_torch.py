@@ -95,3 +95,28 @@ def test_attention_block():
     # Attention sums floats in another order, and its result is quantised: a code may fall on the other side.
     expected = product(layer.o_proj, mixed.reshape(6, -1))
     np.testing.assert_allclose(y[0].detach().numpy(), expected, rtol=0, atol=1e-2 * np.abs(expected).max())
+
+
+def test_mlgru_block():
+    layer = nn.MLGRU(16)
+    x = array(6, 16)
+    f, c, g = (product(p, x) + p.bias.detach().numpy() for p in (layer.f_proj, layer.c_proj, layer.g_proj))  # pyright: ignore
+    mixed = spec.mlgru(1 / (1 + np.exp(-f)), spec.ACTIVATIONS["silu"](c)) / (1 + np.exp(-g))
+    expected = product(layer.o_proj, mixed) + layer.o_proj.bias.detach().numpy()  # pyright: ignore
+    # Gates are floats summed in another order and then quantised: a code may fall on the other side.
+    y = layer(torch.from_numpy(x)[None])[0].detach().numpy()
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-2 * np.abs(expected).max())
+
+
+def test_ssd_block():
+    layer = nn.SSD(16, 4, n_groups=2, weight="ternary", norm="rms", bias=False)
+    torch.nn.init.normal_(layer.D)  # pyright: ignore
+    x = array(6, 16)
+    tables = spec.rope_tables(np.arange(6), 4, 10_000.0)
+    values, B, C = (product(p, x).reshape(6, -1, 4) for p in (layer.x_proj, layer.b_proj, layer.c_proj))
+    dt = np.logaddexp(0, x @ layer.dt_proj.weight.detach().numpy().T)
+    A, D = -np.exp(layer.A_log.detach().numpy()), layer.D.detach().numpy()  # pyright: ignore
+    mixed, _ = spec.ssd(values, dt, A, spec.apply_rope(B, *tables), spec.apply_rope(C, *tables), D)
+    expected = product(layer.o_proj, mixed.reshape(6, -1))
+    y = layer(torch.from_numpy(x)[None], tuple(torch.from_numpy(t)[None] for t in tables))[0].detach().numpy()
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-2 * np.abs(expected).max())

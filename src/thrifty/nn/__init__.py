@@ -1,19 +1,25 @@
 """Torch modules: low-bit layers and the blocks made of them. They own state; the arithmetic is in `thrifty.ops`."""
 
 from thrifty.nn.attention import BitAttention
+from thrifty.nn.cache import RecurrentLayer
 from thrifty.nn.feedforward import BitFeedForward
 from thrifty.nn.linear import LINEARS, BitLinear, make_linear
+from thrifty.nn.mlgru import MLGRU
 from thrifty.nn.norm import RMSNorm
 from thrifty.nn.packing import PackedBitLinear, is_packed, pack, unpack
 from thrifty.nn.rotary import RotaryEmbedding
+from thrifty.nn.ssd import SSD
 
 __all__ = [
     "LINEARS",
+    "MLGRU",
+    "SSD",
     "BitAttention",
     "BitFeedForward",
     "BitLinear",
     "PackedBitLinear",
     "RMSNorm",
+    "RecurrentLayer",
     "RotaryEmbedding",
     "is_packed",
     "make_linear",

@@ -6,8 +6,10 @@ Every op has the name it has in `thrifty.spec`, which says what it computes.
 from thrifty.ops.attention import attention
 from thrifty.ops.bit_linear import KINDS, Kind, bit_linear, quantize_weight
 from thrifty.ops.glu import ACTIVATIONS, activation, glu
+from thrifty.ops.mlgru import mlgru
 from thrifty.ops.quantize_per_token import quantize_per_token, rms_norm
 from thrifty.ops.rope import apply_rope
+from thrifty.ops.ssd import ssd
 from thrifty.ops.ternary_matmul import pack_weight, ternary_matmul, unpack_weight
 
 __all__ = [
@@ -19,10 +21,12 @@ __all__ = [
     "attention",
     "bit_linear",
     "glu",
+    "mlgru",
     "pack_weight",
     "quantize_per_token",
     "quantize_weight",
     "rms_norm",
+    "ssd",
     "ternary_matmul",
     "unpack_weight",
 ]
