@@ -103,6 +103,12 @@ THRIFTY_API int thrifty_rms_norm(const float* x, const float* gain, float eps, i
  * those of the epilogue GATE_UP (of ACT without `up`) in a step. activation: enum thrifty_activation. */
 THRIFTY_API int thrifty_glu(const float* gate, const float* up, int activation, int64_t count, float* y, int n_threads);
 
+/* ends[h, j] = the first query at which `window` better keys precede it, `keys` where there is none: key j of
+ * head h is active for the queries j ... ends[h, j] - 1. Of equal scores the newer key is the better one.
+ * scores, ends: [heads, keys], keys below 2^32; scratch: [heads, min(window, keys)]. */
+THRIFTY_API int thrifty_kept_until(const float* scores, int64_t heads, int64_t keys, int64_t window, uint64_t* scratch,
+                                   int64_t* ends, int n_threads);
+
 /* Reads a buffer once and tells how fast. loop 0: linear; 1: linear, prefetched 4 KiB ahead; 2: four streams a thread.
  * The buffer is cut between threads as a matrix is. */
 THRIFTY_API int thrifty_read_bandwidth(const void* buffer, size_t bytes, int loop, int n_threads,

@@ -12,6 +12,7 @@ import numpy as np
 from thrifty.errors import ThriftyError
 from thrifty.native import _library
 from thrifty.native._attention import attention, glu
+from thrifty.native._kept_until import kept_until
 from thrifty.native._library import aligned_empty
 from thrifty.native._matmul import ternary_matmul
 from thrifty.native._packed import KERNEL_FORMATS, PackedMatrix, pack, pack_into, unpack
@@ -122,6 +123,7 @@ __all__ = [
     "glu",
     "info",
     "isa",
+    "kept_until",
     "pack",
     "pack_into",
     "quantize_into",

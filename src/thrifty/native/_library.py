@@ -52,6 +52,7 @@ _PROTOTYPES = {
     "quantize_per_token": (_int, _pointer, _pointer, _float, _int, _i64, _i64, _pointer, _i64, _pointer, _int),
     "rms_norm": (_int, _pointer, _pointer, _float, _i64, _i64, _pointer, _int),
     "glu": (_int, _pointer, _pointer, _int, _i64, _pointer, _int),
+    "kept_until": (_int, _pointer, _i64, _i64, _i64, _pointer, _pointer, _int),
     "read_bandwidth": (_int, _pointer, _size, _int, _int, ctypes.POINTER(ctypes.c_double)),
     "cache_evict": (None, _pointer, _size),
     "cache_size": (_size, _int, _i64, _i64, _i64, _i64),

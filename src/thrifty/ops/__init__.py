@@ -5,6 +5,7 @@ Every op has the name it has in `thrifty.spec`, which says what it computes.
 
 from thrifty.ops.attention import attention
 from thrifty.ops.bit_linear import KINDS, Kind, bit_linear, quantize_weight
+from thrifty.ops.dynamic_mask_attention import dynamic_mask_attention, kept_until, key_scores
 from thrifty.ops.glu import ACTIVATIONS, activation, glu
 from thrifty.ops.mlgru import mlgru
 from thrifty.ops.quantize_per_token import quantize_per_token, rms_norm
@@ -20,7 +21,10 @@ __all__ = [
     "apply_rope",
     "attention",
     "bit_linear",
+    "dynamic_mask_attention",
     "glu",
+    "kept_until",
+    "key_scores",
     "mlgru",
     "pack_weight",
     "quantize_per_token",
