@@ -4,7 +4,16 @@ from typing import Any
 
 import torch
 
-from thrifty.models import ThriftyConfig, ThriftyForCausalLM
+from thrifty.models import (
+    CheemsConfig,
+    CheemsForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
+    MatMulFreeConfig,
+    MatMulFreeForCausalLM,
+    ThriftyConfig,
+    ThriftyForCausalLM,
+)
 
 VOCAB = 97
 SMALL: dict[str, Any] = {
@@ -27,16 +36,34 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "binary-mlp-odd": {"linear": "binary", "feed_forward": "mlp", "intermediate_size": 49, "head_dim": 10},
     "dense": {"linear": "dense", "num_key_value_heads": 2},
     "dense-mlp-pre": {"linear": "dense", "feed_forward": "mlp", "norm_placement": "pre"},
+    "matmulfree": {"family": "matmulfree"},
+    "ternary-recurrent": {"token_mixers": ["ssd", "mlgru", "attention"], "num_hidden_layers": 3, "ssd_chunk_size": 5},
+    "dense-recurrent-pre": {
+        "token_mixers": ["mlgru", "ssd"],
+        "linear": "dense",
+        "norm_placement": "pre",
+        "residual": "scaled",
+        "ssd_rotary": False,
+        "mlp_bias": True,
+    },
+}
+_FAMILIES: dict[str, tuple[type[ThriftyConfig], type[ThriftyForCausalLM]]] = {
+    "thrifty": (ThriftyConfig, ThriftyForCausalLM),
+    "doge": (DogeConfig, DogeForCausalLM),
+    "cheems": (CheemsConfig, CheemsForCausalLM),
+    "matmulfree": (MatMulFreeConfig, MatMulFreeForCausalLM),
 }
 
 
 def small_model(mixture: str, seed: int = 0) -> ThriftyForCausalLM:
     """A random model in evaluation mode. Weights are large enough for its answers to differ."""
     torch.manual_seed(seed)
-    model = ThriftyForCausalLM(ThriftyConfig(**{**SMALL, **MIXTURES[mixture], "initializer_range": 0.3}))
+    fields = {**SMALL, **MIXTURES[mixture], "initializer_range": 0.3}
+    make_config, make_model = _FAMILIES[fields.pop("family", "thrifty")]
+    model = make_model(make_config(**fields))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or "bias" in name:
+            if any(part in name for part in ("norm", "bias", "residual", ".A")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 

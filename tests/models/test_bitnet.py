@@ -1,7 +1,6 @@
 """Against plain transformers, and the seed's calls."""
 
 import importlib
-import json
 import warnings
 
 import pytest
@@ -89,16 +88,6 @@ def test_dense_weights_of_plain_transformers_load(tmp_path):
         a, b = rebuilt.eval()(padded, attention_mask=mask).logits, theirs(padded, attention_mask=mask).logits
     kept = mask.bool()
     torch.testing.assert_close(a[kept], b[kept], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("mixture", MIXTURES)
-def test_is_saved_as_bitnet_only_where_it_is_one(mixture, tmp_path):
-    small_model(mixture).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    plain = mixture.startswith("bitnet")
-    assert config["model_type"] == ("bitnet" if plain else "thrifty")
-    assert config["architectures"] == ["BitNetForCausalLM" if plain else "ThriftyForCausalLM"]
-    assert ("linear" in config) != plain
 
 
 def test_loads_through_either_family(tmp_path):

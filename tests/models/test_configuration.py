@@ -16,10 +16,10 @@ from thrifty.models import BitNetConfig, ThriftyConfig
         ({"num_attention_heads": 0}, "got 0 and 0"),
         ({"head_dim": 7}, "head_dim must be even"),
         ({"linear": "int4"}, "linear must be one of ternary, binary, dense; got 'int4'"),
-        ({"feed_forward": "moe"}, "feed_forward must be one of glu, mlp; got 'moe'"),
+        ({"feed_forward": "moe"}, "feed_forward must be one of glu, mlp, cdmoe; got 'moe'"),
         ({"norm_placement": "post"}, "norm_placement must be one of sub_ln, pre; got 'post'"),
         ({"hidden_act": "tanh"}, "hidden_act must be one of silu"),
-        ({"token_mixers": "mlgru"}, "token_mixers must be of attention; got"),
+        ({"token_mixers": "mamba"}, "token_mixers must be of attention, dynamic_mask, mlgru, ssd; got"),
         ({"token_mixers": []}, "got an empty pattern"),
         ({"token_mixers": ["attention"] * 3}, "must repeat to 8 layers; got 3 entries"),
         ({"vocab_size": 0}, "vocab_size must be a positive integer; got 0"),
@@ -62,7 +62,7 @@ def test_our_config_reads_transformers_own(tmp_path):
 
 def test_another_family_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ThriftyError, match="reads model_type thrifty or bitnet; got 'llama'"):
+    with pytest.raises(ThriftyError, match="reads model_type thrifty, bitnet, doge, cheems, matmulfree; got 'llama'"):
         BitNetConfig.from_pretrained(tmp_path)
 
 

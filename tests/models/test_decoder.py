@@ -113,7 +113,7 @@ def test_loss_is_the_cross_entropy_of_the_next_token(model, tokens):
 def test_saved_and_loaded_is_the_same(model, tokens, tmp_path):
     expected = logits(model, tokens)
     model.save_pretrained(tmp_path / "a")
-    loaded = ThriftyForCausalLM.from_pretrained(tmp_path / "a")
+    loaded = type(model).from_pretrained(tmp_path / "a")
     assert not loaded.training
     assert torch.equal(logits(loaded, tokens), expected)
     loaded.save_pretrained(tmp_path / "b")
@@ -131,11 +131,11 @@ def test_packed_saved_and_loaded_is_the_same(mixture, dtype, tokens, tmp_path):
     assert torch.equal(logits(pack(model), tokens), expected)
     save_packed(model, tmp_path / "a", dtype)
     assert not is_packed(model)
-    loaded = ThriftyForCausalLM.from_pretrained(tmp_path / "a")
+    loaded = type(model).from_pretrained(tmp_path / "a")
     assert is_packed(loaded)
     assert torch.equal(logits(loaded, tokens), expected)
     save_packed(loaded, tmp_path / "b", dtype)
-    trainable = ThriftyForCausalLM.from_pretrained(tmp_path / "a", unpack=True)
+    trainable = type(model).from_pretrained(tmp_path / "a", unpack=True)
     assert torch.equal(logits(trainable, tokens), expected)
     save_packed(trainable, tmp_path / "c", dtype)
     for name in ("model.safetensors", "config.json"):

@@ -3,10 +3,12 @@
 from thrifty.checkpoint.atomic import UnwritableError, atomic_file, atomic_files, atomic_folder, explained
 from thrifty.checkpoint.config import DecoderConfig, read_config
 from thrifty.checkpoint.folder import Folder, open_folder
-from thrifty.checkpoint.names import TensorInfo, expected_tensors
+from thrifty.checkpoint.names import SEED_NAMES, SEED_SSD_A, TensorInfo, expected_tensors
 from thrifty.checkpoint.safetensors import Tensor, open_safetensors, save_safetensors
 
 __all__ = [
+    "SEED_NAMES",
+    "SEED_SSD_A",
     "DecoderConfig",
     "Folder",
     "Tensor",

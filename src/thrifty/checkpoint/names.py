@@ -9,6 +9,30 @@ from thrifty.spec import ROW_BLOCK
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+#: The SSD's A in the seed's Cheems; here `A_log`, the logarithm of -A.
+SEED_SSD_A = r"\.ssd\.A"
+#: Names of the Wonderful Matrices seed (Doge, Cheems) as regular expressions, and what they are here, in this order.
+SEED_NAMES = {
+    r"word_embed\.": "embed_tokens.",
+    r"final_layernorm\.": "norm.",
+    r"\.pre_layernorm\.": ".input_layernorm.",
+    r"\.pre_sequence_layernorm\.": ".input_layernorm.",
+    r"\.post_layernorm\.": ".post_attention_layernorm.",
+    r"\.pre_state_layernorm\.": ".post_attention_layernorm.",
+    r"\.pre_residual\.weight": ".input_residual",
+    r"\.post_sequence_residual\.weight": ".input_residual",
+    r"\.input_residual\.weight": ".input_residual",
+    r"\.post_residual\.weight": ".post_attention_residual",
+    r"\.post_state_residual\.weight": ".post_attention_residual",
+    r"\.post_attention_residual\.weight": ".post_attention_residual",
+    r"\.feed_forward\.": ".mlp.",
+    r"\.mlp\.queries_proj\.": ".mlp.queries.",
+    r"\.attn\.": ".self_attn.",
+    SEED_SSD_A: ".self_attn.A_log",
+    r"\.ssd\.out_proj\.": ".self_attn.o_proj.",
+    r"\.ssd\.": ".self_attn.",
+    r"classifier\.": "score.",
+}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -11,19 +11,36 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
-from thrifty.checkpoint import atomic_files
+from thrifty.checkpoint import SEED_NAMES, SEED_SSD_A, atomic_files
 from thrifty.errors import ThriftyError
-from thrifty.nn import BitLinear, is_packed, pack, unpack
+from thrifty.nn import SSD, BitLinear, is_packed, pack, unpack
 from thrifty.nn.packing import StoredBitLinear
 
 #: transformers' record of BitNet folders; with it goes quantization_mode, "offline" where packed, else "online".
 QUANTIZATION = {"quant_method": "bitnet", "linear_class": "autobitlinear", "modules_to_not_convert": ["lm_head"]}
+#: What a tensor that is absent or of another shape says of the folder's generation, by a part of its name.
+GENERATIONS = {
+    "self_attn.q_norm": "qk_norm=False",
+    "self_attn.k_norm": "qk_norm=False",
+    "self_attn.A": "dt_heads='attention'",
+    "self_attn.dt_proj": "dt_heads='attention'",
+    "mlp.router_gate": "router='product_key_heads'",
+    "mlp.queries": "router='linear'",
+    "mlp.keys": "router='linear'",
+}
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+
+
+logger = logging.get_logger(__name__)
 
 
 class CheckpointedModel(PreTrainedModel):
     """`from_pretrained` and `save_pretrained` for models of BitLinear or PackedBitLinear layers."""
+
+    #: Parameters that a folder may lack: those of a head on a pretrained model.
+    new_keys: tuple[str, ...] = ()
 
     def finish(self, stored: bool) -> None:
         """The last step of a constructor; stored: make room for a packed checkpoint's tensors."""
@@ -47,6 +64,7 @@ class CheckpointedModel(PreTrainedModel):
         stored = _is_offline(config.__dict__.pop("quantization_config", None), pretrained_model_name_or_path)
         with_info = kwargs.pop("output_loading_info", False)
         options = {"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True, "config": config}
+        options["key_mapping"] = {**SEED_NAMES, **(kwargs.get("key_mapping") or {})}
         if stored:
             # transformers' own loader needs config.json to name the dtype of the stored tensors.
             options = {"dtype": torch.float32, **options, "stored": True}
@@ -57,7 +75,8 @@ class CheckpointedModel(PreTrainedModel):
                 f"[load] {pretrained_model_name_or_path} must hold safetensors; {error}; get its tensors again"
             ) from error
         model, info = loaded
-        _check(info, pretrained_model_name_or_path, kwargs.get("ignore_mismatched_sizes", False))
+        _check(info, pretrained_model_name_or_path, kwargs.get("ignore_mismatched_sizes", False), cls.new_keys)
+        _settle_seed_names(model)
         if stored:
             _replace(model, StoredBitLinear, StoredBitLinear.to_packed)
         if unpack:
@@ -143,19 +162,40 @@ def _is_offline(record: Any, path: str | os.PathLike) -> bool:
     return True
 
 
-def _check(info: dict, path: str | os.PathLike, ignore_mismatched: bool) -> None:
-    missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+def _check(info: dict, path: str | os.PathLike, ignore_mismatched: bool, new: tuple[str, ...]) -> None:
+    missing, mismatched = sorted(set(info["missing_keys"]) - set(new)), sorted(info["mismatched_keys"])
+    rule = f"[load] the tensors of {path} must be those of its config"
     if missing:
-        raise ThriftyError(
-            f"[load] the tensors of {path} must be those of its config; {missing[0]} is missing"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-        )
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ThriftyError(f"{rule}; {missing[0]} is missing{more}{_way_out([*missing, *(m[0] for m in mismatched)])}")
     if mismatched and not ignore_mismatched:
         name, found, expected = mismatched[0]
         raise ThriftyError(
-            f"[load] the tensors of {path} must be those of its config; {name} must have shape {tuple(expected)}; "
-            f"got {tuple(found)}"
+            f"{rule}; {name} must have shape {tuple(expected)}; got {tuple(found)}{_way_out(m[0] for m in mismatched)}"
         )
+
+
+def _way_out(names: Iterable[str]) -> str:
+    options = {option: None for name in names for part, option in GENERATIONS.items() if f".{part}" in f".{name}"}
+    return f"; for a checkpoint of another generation give {', '.join(options)}" if options else ""
+
+
+def _settle_seed_names(model: Any) -> None:
+    """After tensors with the seed's names: values that are stored otherwise, and names of our own from now on."""
+    found = {pattern for used in model._weight_conversions or () for pattern in used.source_patterns}
+    # Else transformers would save under the names it found.
+    model._weight_conversions = None
+    if SEED_SSD_A not in found:
+        return
+    for module in model.modules():
+        if isinstance(module, SSD):
+            with torch.no_grad():
+                A = module.A_log
+                if (A > 0).any():
+                    logger.warning_once(
+                        "[load] the seed's SSD grows its state without bound (A > 0); A is read as -|A|"
+                    )
+                A.copy_(A.abs().clamp(min=torch.finfo(torch.float32).tiny).log())
 
 
 @contextmanager

@@ -3,37 +3,34 @@
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from thrifty.errors import ThriftyError
-from thrifty.nn.attention import check_heads
-from thrifty.nn.linear import LINEARS
-from thrifty.ops import ACTIVATIONS
+from thrifty.models.choices import MIXTURE_FIELDS, SEED_FIELDS, check_config, pattern
 
-#: What each choice of a layer can be.
-CHOICES = {
-    "feed_forward": ("glu", "mlp"),
-    "linear": LINEARS,
-    "norm_placement": ("sub_ln", "pre"),
-    "hidden_act": tuple(ACTIVATIONS),
-}
-#: Mixers a pattern of layers can name.
-TOKEN_MIXERS = ("attention",)
-#: Fields that transformers' BitNet does not have.
-MIXTURE_FIELDS = ("token_mixers", "feed_forward", "linear", "norm_placement")
-#: Model types that this decoder reads.
-MODEL_TYPES = ("thrifty", "bitnet")
+logger = logging.get_logger(__name__)
 
 
 class ThriftyConfig(PreTrainedConfig):
-    """The decoder's shape and choices; fields that transformers' BitNet has too bear its names and meaning.
+    """The decoder's shape and choices; fields that transformers' models have too bear their names and meaning.
 
-    token_mixers: a pattern over layers, repeated to `num_hidden_layers`; each entry one of `TOKEN_MIXERS`.
-    feed_forward: "glu" or "mlp", with `hidden_act`. linear: "ternary", "binary" or "dense" projections (embedding and
-    head are always dense). norm_placement: "sub_ln" (BitNet: also before `o_proj` and `down_proj`) or "pre".
-    rope_theta and rope_parameters are both read; only the default kind of rope is known.
+    token_mixers: a pattern over layers, repeated to `num_hidden_layers`; each entry "attention", "dynamic_mask",
+    "mlgru" or "ssd". feed_forward: "glu", "mlp" or "cdmoe" (a shared GLU beside routed experts), with `hidden_act`.
+    linear: "ternary", "binary" or "dense" projections; embedding, head, routers and `dt_proj` are always dense.
+    norm_placement: "sub_ln" (BitNet: also before `o_proj` and `down_proj`) or "pre". residual: "plain" or "scaled"
+    (Doge: a learned factor per channel on the path around a block). rope_theta and rope_parameters are both read; only
+    the default kind of rope is known.
 
-    Saved with model_type "bitnet" where plain transformers computes the same from the folder, else "thrifty".
-    Raises ThriftyError for a choice that does not exist and for sizes that do not divide.
+    Dynamic mask: dynamic_mask_selection "keep_window" keeps the `keep_window_size` best keys, "ratio" keeps
+    int(dynamic_mask_ratio * max_position_embeddings), "none" keeps all; "ratio_legacy" is the seed's threshold over all
+    keys, which sees the future. dt_heads: scores per "kv" head or per "attention" head. qk_norm: RMSNorm of queries
+    and keys. Experts: num_experts (a square) of one unit, of which num_experts_per_tok answer per head of the router;
+    router "linear" (transformers' Doge) or "product_key_heads" (the seed's: num_experts_heads of expert_retrieval_size
+    features); router_layout "per_token", or "legacy", which mixes tokens as transformers' Doge does.
+    SSD: ssd_chunk_size tokens at once; ssd_rotary turns B and C by their positions.
+
+    A folder is saved with model_type "bitnet" or "doge" where plain transformers computes the same from it, else with
+    one of this package. Raises ThriftyError for a choice that does not exist and for sizes that do not fit.
     """
 
     model_type = "thrifty"
@@ -58,25 +55,75 @@ class ThriftyConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    mlp_bias: bool = False
     rope_parameters: dict | None = None
-    token_mixers: str | list[str] = "attention"
+    sliding_window: int | None = None
+    token_mixers: str | list[str] | None = "attention"
     feed_forward: str = "glu"
     linear: str = "ternary"
     norm_placement: str = "sub_ln"
+    residual: str = "plain"
+    dynamic_mask_selection: str = "keep_window"
+    keep_window_size: int = 2048
+    dynamic_mask_ratio: float = 0.0
+    dt_heads: str = "kv"
+    qk_norm: bool = False
+    num_experts: int = 16_384
+    num_experts_per_tok: int = 64
+    num_experts_heads: int = 1
+    expert_retrieval_size: int = 64
+    router: str = "linear"
+    router_layout: str = "per_token"
+    norm_topk_prob: bool = False
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
+    ssd_chunk_size: int = 256
+    ssd_rotary: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs = self._read_seed_fields(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if isinstance(self.token_mixers, str):
             self.token_mixers = [self.token_mixers]
         super().__post_init__(**kwargs)
-        self._check()
+        check_config(self)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
 
     def mixer(self, layer: int) -> str:
         """The token mixer of a layer."""
-        return self.token_mixers[layer % len(self.token_mixers)]
+        mixers = self.token_mixers or ["attention"]
+        return mixers[layer % len(mixers)]
+
+    @property
+    def mixers(self) -> set[str]:
+        """The token mixers that some layer has."""
+        return {self.mixer(layer) for layer in range(self.num_hidden_layers)}
+
+    @property
+    def is_stateful(self) -> bool:
+        """Whether some layer's cache cannot give tokens back: anything but attention over all keys."""
+        return self.mixers != {"attention"}
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether some layer reads rotary positions; the others know where they are, however long the text."""
+        return any(self.reads_positions(mixer) for mixer in self.mixers)
+
+    def reads_positions(self, mixer: str) -> bool:
+        """Whether a mixer of that name is given rotary positions."""
+        return mixer in ("attention", "dynamic_mask") or (mixer == "ssd" and self.ssd_rotary)
+
+    @property
+    def window(self) -> int | None:
+        """How many keys a dynamic mask keeps; None for all."""
+        if self.dynamic_mask_selection == "keep_window":
+            return self.keep_window_size
+        if self.dynamic_mask_selection == "ratio":
+            return int(self.dynamic_mask_ratio * self.max_position_embeddings)
+        return None
 
     @property
     def is_plain_bitnet(self) -> bool:
@@ -84,67 +131,87 @@ class ThriftyConfig(PreTrainedConfig):
         head_dim = self.head_dim or 0
         widths = (self.hidden_size, self.intermediate_size, (self.num_key_value_heads or 0) * head_dim)
         return (
-            all(mixer == "attention" for mixer in self.token_mixers)
+            self.mixers == {"attention"}
             and (self.feed_forward, self.linear, self.norm_placement) == ("glu", "ternary", "sub_ln")
-            and not self.attention_bias
+            and (self.residual, self.hidden_dropout) == ("plain", 0)
+            and not (self.attention_bias or self.mlp_bias)
             and self.num_attention_heads * head_dim == self.hidden_size
             # transformers' layer takes four rows to a byte and has no padding.
             and all(width % 4 == 0 for width in widths)
+        )
+
+    @property
+    def is_plain_doge(self) -> bool:
+        """Whether transformers' own Doge computes the same from the folder."""
+        routed = (self.feed_forward, self.router, self.router_layout)
+        return (
+            self.mixers == {"dynamic_mask"}
+            and (self.dynamic_mask_selection, self.dt_heads, self.qk_norm) == ("keep_window", "kv", True)
+            and (self.linear, self.norm_placement, self.residual) == ("dense", "pre", "scaled")
+            and (self.feed_forward == "glu" or routed == ("cdmoe", "linear", "legacy"))
         )
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         found = fields.get("model_type", cls.model_type)
-        if found not in MODEL_TYPES:
+        if found not in FAMILIES:
             raise ThriftyError(
-                f"[{cls.__name__}] reads model_type {' or '.join(MODEL_TYPES)}; got '{found}' in "
+                f"[{cls.__name__}] reads model_type {', '.join(FAMILIES)}; got '{found}' in "
                 f"{pretrained_model_name_or_path}; load it with transformers"
             )
-        if found == "bitnet" and cls is ThriftyConfig:
-            # Fields left out have the defaults of transformers' BitNet; rope comes under several names.
-            fields = BitNetConfig(**{name: value for name, value in fields.items() if name != "model_type"}).to_dict()
-        # Both names stand for this decoder, so the base class has no cause to warn.
+        family = FAMILIES[found]
+        fields = family.read_folder(fields)
+        if family is not cls:
+            # Fields left out have the defaults of the family that wrote the folder.
+            written = {name: value for name, value in fields.items() if name != "model_type"}
+            fields = PreTrainedConfig.to_dict(family(**written))
+        # All names stand for this decoder, so the base class has no cause to warn.
         return {**fields, "model_type": cls.model_type}, kwargs
+
+    @classmethod
+    def read_folder(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a config.json of this family, with what it leaves unsaid."""
+        return fields
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
-        plain = self.is_plain_bitnet
-        fields["model_type"] = "bitnet" if plain else "thrifty"
+        kind = "bitnet" if self.is_plain_bitnet else "doge" if self.is_plain_doge else self.model_type
+        if kind in _PLAIN and not (self.is_plain_bitnet or self.is_plain_doge):
+            kind = "thrifty"
+        fields["model_type"] = kind
         if fields.get("architectures"):
-            family = "BitNet" if plain else "Thrifty"
-            fields["architectures"] = [
-                family + name.removeprefix("BitNet").removeprefix("Thrifty") for name in fields["architectures"]
-            ]
-        for name in MIXTURE_FIELDS if plain else ():
-            fields.pop(name, None)
+            fields["architectures"] = [_FAMILY_NAMES[kind] + _without_family(name) for name in fields["architectures"]]
+        if kind in _PLAIN:
+            moe = self.feed_forward == "cdmoe"
+            dropped = MIXTURE_FIELDS - _PLAIN[kind] - ({"router_layout"} if moe else set())
+            fields = {name: value for name, value in fields.items() if name not in dropped}
+            if kind == "doge":
+                fields["is_moe"] = moe
         return fields
 
-    def _check(self) -> None:
-        name = type(self).__name__
-        for field, choices in CHOICES.items():
-            if getattr(self, field) not in choices:
-                raise ThriftyError(
-                    f"[{name}] {field} must be one of {', '.join(choices)}; got '{getattr(self, field)}'"
-                )
-        unknown = [mixer for mixer in self.token_mixers if mixer not in TOKEN_MIXERS]
-        if unknown or not self.token_mixers:
-            raise ThriftyError(
-                f"[{name}] token_mixers must be of {', '.join(TOKEN_MIXERS)}; got {unknown or 'an empty pattern'}"
-            )
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
-        for field in sizes:
-            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
-                raise ThriftyError(f"[{name}] {field} must be a positive integer; got {getattr(self, field)!r}")
-        if self.num_hidden_layers % len(self.token_mixers):
-            raise ThriftyError(
-                f"[{name}] the pattern token_mixers must repeat to {self.num_hidden_layers} layers; "
-                f"got {len(self.token_mixers)} entries"
-            )
-        check_heads(self.hidden_size, self.num_attention_heads, self.num_key_value_heads or 0, self.head_dim)
-        kind = (self.rope_parameters or {}).get("rope_type", "default")
-        if kind != "default":
-            raise ThriftyError(f"[{name}] rope_type must be 'default'; got '{kind}'")
+    def _read_seed_fields(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Set what the seed's and transformers' other names for fields say; returns the arguments that are left."""
+        for old, names in SEED_FIELDS.items():
+            if kwargs.get(old) is not None:
+                for name in names:
+                    setattr(self, name, kwargs[old])
+            kwargs.pop(old, None)
+        if kwargs.pop("is_moe", False):
+            self.feed_forward = "cdmoe"
+        if kwargs.pop("is_causal", False):
+            self.token_mixers = "attention"
+        period, offset = kwargs.pop("attn_layer_period", None), kwargs.pop("attn_layer_offset", None)
+        if period is not None or offset is not None or self.token_mixers is None:
+            self.token_mixers = pattern(self.num_hidden_layers, period, offset)
+        if self.dynamic_mask_ratio and self.dynamic_mask_selection == "keep_window":
+            self.dynamic_mask_selection = "ratio"
+        scaling = kwargs.get("rope_scaling") or {}
+        first = scaling.get("original_max_position_embeddings", 0)
+        if scaling.get("rope_type", scaling.get("type")) == "dynamic" and first >= self.max_position_embeddings:
+            # It begins to scale beyond the positions that the decoder takes.
+            del kwargs["rope_scaling"]
+        return kwargs
 
 
 class BitNetConfig(ThriftyConfig):
@@ -163,3 +230,112 @@ class BitNetConfig(ThriftyConfig):
     bos_token_id: int | None = 128_000
     eos_token_id: int | list[int] | None = 128_001
     tie_word_embeddings: bool = False
+
+
+class DogeConfig(ThriftyConfig):
+    """The decoder as Doge has it: dynamic mask attention, scaled residuals, dense linears (arXiv 2412.11834).
+
+    Defaults are those of `transformers.DogeConfig`, whose `is_moe` is read as feed_forward "cdmoe"; the seed's names
+    (`hidden_bias`, `num_cdmoe_experts`, ...) are read too. The published generations differ in dt_heads, qk_norm and
+    router: a folder of the seed says so itself, one of small-doge needs dt_heads="attention", qk_norm=False.
+    """
+
+    model_type = "doge"
+
+    vocab_size: int = 32_768
+    hidden_size: int = 1024
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 32
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    token_mixers: str | list[str] | None = "dynamic_mask"
+    linear: str = "dense"
+    norm_placement: str = "pre"
+    residual: str = "scaled"
+    qk_norm: bool = True
+
+    @classmethod
+    def read_folder(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a config.json of transformers, or of the seed."""
+        if fields.get("is_moe") and "router_layout" not in fields and "hidden_bias" not in fields:
+            logger.warning_once(
+                "[DogeConfig] transformers' MoE mixes tokens in its router; here each token routes itself: for the "
+                "logits of transformers give router_layout='legacy'"
+            )
+        return _seed_generation(fields)
+
+
+class CheemsConfig(ThriftyConfig):
+    """The decoder as Cheems has it: seven layers of SSD to one of dynamic mask attention (arXiv 2412.11834).
+
+    token_mixers=None is that pattern: the seed's `attn_layer_period` 8 and `attn_layer_offset` 7, which are read too.
+    """
+
+    model_type = "cheems"
+
+    vocab_size: int = 32_768
+    hidden_size: int = 1024
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 32
+    rms_norm_eps: float = 1e-6
+    token_mixers: str | list[str] | None = None
+    linear: str = "dense"
+    norm_placement: str = "pre"
+    residual: str = "scaled"
+    qk_norm: bool = True
+
+    @classmethod
+    def read_folder(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a config.json of this package, or of the seed."""
+        return _seed_generation(fields)
+
+
+class MatMulFreeConfig(ThriftyConfig):
+    """The decoder as the matmul-free language model: MLGRU and GLU of ternary linears (arXiv 2406.02528)."""
+
+    model_type = "matmulfree"
+
+    token_mixers: str | list[str] | None = "mlgru"
+    attention_bias: bool = True
+
+
+#: Configurations by the model types that they read and write.
+FAMILIES: dict[str, type[ThriftyConfig]] = {
+    family.model_type: family for family in (ThriftyConfig, BitNetConfig, DogeConfig, CheemsConfig, MatMulFreeConfig)
+}
+_FAMILY_NAMES = {
+    "thrifty": "Thrifty",
+    "bitnet": "BitNet",
+    "doge": "Doge",
+    "cheems": "Cheems",
+    "matmulfree": "MatMulFree",
+}
+#: Model types of transformers, with the fields beside the common ones that its config has.
+_PLAIN = {
+    "bitnet": set(),
+    "doge": {
+        *("hidden_dropout", "mlp_bias", "keep_window_size", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
+        *("output_router_logits", "router_aux_loss_coef", "sliding_window"),
+    },
+}
+
+
+def _without_family(name: str) -> str:
+    for family in _FAMILY_NAMES.values():
+        name = name.removeprefix(family)
+    return name
+
+
+def _seed_generation(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a folder; where the seed wrote it, with the choices that its models had no field for."""
+    if "hidden_bias" not in fields:
+        return fields
+    selection = "ratio" if fields.get("dynamic_mask_ratio") else "none"
+    return {
+        "dt_heads": "attention",
+        "qk_norm": False,
+        "router": "product_key_heads",
+        "dynamic_mask_selection": selection,
+        "tie_word_embeddings": True,
+        **fields,
+    }

@@ -6,56 +6,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, GenerationMixin
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from thrifty.errors import ThriftyError
+from thrifty.models.blocks import FEED_FORWARDS, MIXERS
+from thrifty.models.caches import Generation, fitting_cache
 from thrifty.models.checkpoints import CheckpointedModel
 from thrifty.models.configuration import ThriftyConfig
-from thrifty.nn import BitAttention, BitFeedForward, BitLinear, RMSNorm, RotaryEmbedding
-
-
-def _attention(config: ThriftyConfig, layer_idx: int) -> BitAttention:
-    return BitAttention(
-        config.hidden_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        bias=config.attention_bias,
-        dropout=config.attention_dropout,
-        sub_norm=config.norm_placement == "sub_ln",
-        weight=config.linear,  # pyright: ignore[reportArgumentType]
-        norm=None,
-        eps=config.rms_norm_eps,
-        layer_idx=layer_idx,
-    )
-
-
-def _feed_forward(config: ThriftyConfig) -> BitFeedForward:
-    return BitFeedForward(
-        config.hidden_size,
-        hidden=config.intermediate_size,
-        glu=config.feed_forward == "glu",
-        activation=config.hidden_act,
-        post_act_norm=config.norm_placement == "sub_ln",
-        bias=False,
-        weight=config.linear,  # pyright: ignore[reportArgumentType]
-        norm=None,
-        eps=config.rms_norm_eps,
-    )
-
-
-#: Builders by the names in `ThriftyConfig.token_mixers`; a mixer is called as `BitAttention` is.
-MIXERS: dict[str, Callable[[ThriftyConfig, int], nn.Module]] = {"attention": _attention}
-#: Builders by the names of `ThriftyConfig.feed_forward`.
-FEED_FORWARDS: dict[str, Callable[[ThriftyConfig], nn.Module]] = {"glu": _feed_forward, "mlp": _feed_forward}
+from thrifty.nn import SSD, BitLinear, RMSNorm, RotaryEmbedding
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """h = x + mixer(norm(x)); y = h + feed_forward(norm(h)), with transformers' parameter names."""
+    """h = a * x + mixer(norm(x)); y = b * h + feed_forward(norm(h)), with transformers' parameter names.
+
+    a = b = 1, or learned, one factor a channel, where config.residual is "scaled" (Doge).
+    """
 
     def __init__(self, config: ThriftyConfig, layer_idx: int) -> None:
         super().__init__()
@@ -63,16 +33,26 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.self_attn = MIXERS[config.mixer(layer_idx)](config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FEED_FORWARDS[config.feed_forward](config)
+        self.dropout = config.hidden_dropout
+        scaled = config.residual == "scaled"
+        self.input_residual = nn.Parameter(torch.ones(config.hidden_size)) if scaled else None
+        self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size)) if scaled else None
 
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, past_key_values)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        mixed = self.self_attn(self.input_layernorm(x), rotary, mask, past_key_values)
+        x = self._add(x, mixed, self.input_residual)
+        return self._add(x, self.mlp(self.post_attention_layernorm(x)), self.post_attention_residual)
+
+    def _add(self, x: Tensor, y: Tensor, scale: Tensor | None) -> Tensor:
+        if self.dropout and self.training:
+            y = F.dropout(y, self.dropout)
+        return x + y if scale is None else scale * x + y
 
 
 @cache
@@ -106,6 +86,13 @@ class ThriftyPreTrainedModel(CheckpointedModel):
         elif isinstance(module, RotaryEmbedding):
             for name, table in module.tables().items():
                 init.copy_(getattr(module, name), table)
+        elif isinstance(module, DecoderLayer):
+            for scale in (module.input_residual, module.post_attention_residual):
+                if scale is not None:
+                    init.ones_(scale)
+        elif isinstance(module, SSD):
+            for name, value in module.initial().items():
+                init.copy_(getattr(module, name), value)
         else:
             super()._init_weights(module)
 
@@ -118,8 +105,10 @@ class ThriftyModel(ThriftyPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        theta = (config.rope_parameters or {})["rope_theta"]
-        self.rotary_emb = RotaryEmbedding(int(config.head_dim or 0), config.max_position_embeddings, theta)
+        self.rotary_emb = None
+        if config.has_positions:
+            theta = (config.rope_parameters or {})["rope_theta"]
+            self.rotary_emb = RotaryEmbedding(int(config.head_dim or 0), config.max_position_embeddings, theta)
         self.gradient_checkpointing = False
         self._compiled = False
         self.finish(stored)
@@ -156,24 +145,21 @@ class ThriftyModel(ThriftyPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        if position_ids is None:
-            position_ids = self._positions(x, attention_mask, past_key_values)
-        rotary = self.rotary_emb(position_ids)
+        past_key_values = fitting_cache(self.config, past_key_values, use_cache)
+        masks = self._masks(x, attention_mask, position_ids, past_key_values)
+        rotary = None
+        if self.rotary_emb is not None:
+            if position_ids is None:
+                position_ids = self._positions(x, attention_mask, past_key_values)
+            rotary = self.rotary_emb(position_ids)
         states = [x]
         compiled = self._compiled and self.training and torch.is_grad_enabled()
         recomputed = any(layer.gradient_checkpointing for layer in self.layers)
         run = _compiled_layer() if compiled and not recomputed else DecoderLayer.__call__
-        for layer in self.layers:
-            x = run(layer, x, rotary, mask, past_key_values)
+        for i, layer in enumerate(self.layers):
+            mixer = self.config.mixer(i)
+            positions = rotary if self.config.reads_positions(mixer) else None
+            x = run(layer, x, positions, masks[mixer], past_key_values)
             states.append(x)
         x = self.norm(x)
         output = BaseModelOutputWithPast(
@@ -182,6 +168,30 @@ class ThriftyModel(ThriftyPreTrainedModel):
             hidden_states=(*states[:-1], x) if self._option("output_hidden_states", output_hidden_states) else None,
         )
         return output if self._option("return_dict", return_dict) else output.to_tuple()
+
+    def _masks(
+        self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: Cache | None
+    ) -> dict[str, Tensor | None]:
+        """What each mixer is given: attention a mask of queries and keys, the others which tokens are no padding."""
+        mixers, masks = self.config.mixers, {}
+        if "attention" in mixers:
+            masks["attention"] = create_causal_mask(
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        if mixers - {"attention"}:
+            if attention_mask is not None and attention_mask.ndim != 2:
+                raise ThriftyError(
+                    f"[model] {', '.join(sorted(mixers - {'attention'}))} read a mask of padding [B, S]; got "
+                    f"{attention_mask.ndim} dimensions; give 1 at tokens and 0 at padding"
+                )
+            padded = attention_mask is not None and not bool(attention_mask.all())
+            kept = attention_mask.bool() if padded and attention_mask is not None else None
+            masks |= dict.fromkeys(mixers - {"attention"}, kept)
+        return masks
 
     def _positions(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -199,7 +209,7 @@ class ThriftyModel(ThriftyPreTrainedModel):
         return getattr(self.config, name) if given is None else given
 
 
-class ThriftyForCausalLM(ThriftyPreTrainedModel, GenerationMixin):
+class ThriftyForCausalLM(ThriftyPreTrainedModel, Generation, GenerationMixin):
     """The decoder with an output head: token ids [B, T] to float32 logits [B, T, vocab_size].
 
     `from_pretrained` reads latent folders (trainable) and packed ones (`PackedBitLinear` layers; unpack=True makes them

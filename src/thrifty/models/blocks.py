@@ -1,0 +1,74 @@
+"""What a layer of the decoder is made of: builders by the names that the config has for them."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from thrifty.models.configuration import ThriftyConfig
+from thrifty.nn import MLGRU, SSD, BitAttention, BitFeedForward
+
+
+def _attention(config: ThriftyConfig, layer_idx: int) -> nn.Module:
+    return BitAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        bias=config.attention_bias,
+        dropout=config.attention_dropout,
+        sub_norm=config.norm_placement == "sub_ln",
+        weight=config.linear,  # pyright: ignore[reportArgumentType]
+        norm=None,
+        eps=config.rms_norm_eps,
+        layer_idx=layer_idx,
+    )
+
+
+def _mlgru(config: ThriftyConfig, layer_idx: int) -> nn.Module:
+    return MLGRU(
+        config.hidden_size,
+        bias=config.attention_bias,
+        sub_norm=config.norm_placement == "sub_ln",
+        weight=config.linear,  # pyright: ignore[reportArgumentType]
+        norm=None,
+        eps=config.rms_norm_eps,
+        layer_idx=layer_idx,
+    )
+
+
+def _ssd(config: ThriftyConfig, layer_idx: int) -> nn.Module:
+    # As in Cheems: a group for each head, a state as wide as a head, nothing on the skip path.
+    return SSD(
+        config.hidden_size,
+        config.num_attention_heads,
+        d_state=config.head_dim,
+        chunk_len=config.ssd_chunk_size,
+        layer_idx=layer_idx,
+        head_dim=config.head_dim,
+        bias=config.attention_bias,
+        skip=False,
+        sub_norm=config.norm_placement == "sub_ln",
+        weight=config.linear,  # pyright: ignore[reportArgumentType]
+        norm=None,
+        eps=config.rms_norm_eps,
+    )
+
+
+def _feed_forward(config: ThriftyConfig) -> nn.Module:
+    return BitFeedForward(
+        config.hidden_size,
+        hidden=config.intermediate_size,
+        glu=config.feed_forward == "glu",
+        activation=config.hidden_act,
+        post_act_norm=config.norm_placement == "sub_ln",
+        bias=config.mlp_bias,
+        weight=config.linear,  # pyright: ignore[reportArgumentType]
+        norm=None,
+        eps=config.rms_norm_eps,
+    )
+
+
+#: Builders by the names in `ThriftyConfig.token_mixers`; a mixer is called as `BitAttention` is.
+MIXERS: dict[str, Callable[[ThriftyConfig, int], nn.Module]] = {"attention": _attention, "mlgru": _mlgru, "ssd": _ssd}
+#: Builders by the names of `ThriftyConfig.feed_forward`.
+FEED_FORWARDS: dict[str, Callable[[ThriftyConfig], nn.Module]] = {"glu": _feed_forward, "mlp": _feed_forward}
