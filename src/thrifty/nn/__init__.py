@@ -1,7 +1,8 @@
 """Torch modules: low-bit layers and the blocks made of them. They own state; the arithmetic is in `thrifty.ops`."""
 
 from thrifty.nn.attention import BitAttention
-from thrifty.nn.cache import RecurrentLayer
+from thrifty.nn.cache import DynamicMaskLayer, RecurrentLayer
+from thrifty.nn.dynamic_mask_attention import SELECTIONS, DMAttn, DynamicMaskAttention, kept_keys
 from thrifty.nn.feedforward import BitFeedForward
 from thrifty.nn.linear import LINEARS, BitLinear, make_linear
 from thrifty.nn.mlgru import MLGRU
@@ -13,15 +14,20 @@ from thrifty.nn.ssd import SSD
 __all__ = [
     "LINEARS",
     "MLGRU",
+    "SELECTIONS",
     "SSD",
     "BitAttention",
     "BitFeedForward",
     "BitLinear",
+    "DMAttn",
+    "DynamicMaskAttention",
+    "DynamicMaskLayer",
     "PackedBitLinear",
     "RMSNorm",
     "RecurrentLayer",
     "RotaryEmbedding",
     "is_packed",
+    "kept_keys",
     "make_linear",
     "pack",
     "unpack",

@@ -1,4 +1,4 @@
-"""Layers of transformers' `Cache(layers=[...])` for what grows with no text: states of fixed size."""
+"""Layers of transformers' `Cache(layers=[...])` for what grows with no text: the keys worth keeping, and states."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from thrifty import ops
 from thrifty.errors import ThriftyError
 
 
@@ -78,18 +79,126 @@ class RecurrentLayer(CacheLayerMixin):
             self.state = change(self.state)
 
 
+class DynamicMaskLayer(CacheLayerMixin):
+    """The keys, values and scores that dynamic mask attention can still see: `window` slots per score head.
+
+    A mixer calls `extend`. An evicted key never returns, so what is left out is never missed, and bytes and work of a
+    step do not depend on how many tokens came before. Rows can be reordered, repeated and selected, as beams need it.
+    Raises ThriftyError where tokens are to be taken back, or where it is used as a cache of all keys.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: keys, values [B, score_heads, slots, d]; scores, ages [B, score_heads, slots]; an age is a position.
+        self.slots: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.seen = 0
+
+    def extend(self, k: Tensor, v: Tensor, scores: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and scores that the queries of T new tokens choose among, these last; keeps the `window` best.
+
+        k, v: [B, kv_heads, T, d]; scores: [B, score_heads, T], -inf at padding; window=None keeps all. Of a single
+        token the choice is made: at most `window` keys come back, in any order, the new one perhaps not among them.
+        """
+        if scores.shape[1] != k.shape[1]:
+            k, v = (t.repeat_interleave(scores.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        T = scores.shape[2]
+        new: Any
+        ages = torch.arange(self.seen, self.seen + T, device=scores.device).expand(scores.shape)
+        new = k, v, scores, ages
+        self._map(lambda slots: slots.to(scores.device))
+        self.seen += T
+        self.is_initialized = True
+        if self.slots is not None and T == 1 and self.slots[2].shape[2] == window:
+            self.slots = slots = _replace_worst(self.slots, new)
+            return slots[:3]
+        if self.slots is not None:
+            old = self.slots if T == 1 else _select(self.slots, self.slots[3].argsort(-1))
+            new = tuple(torch.cat(pair, 2) for pair in zip(old, new, strict=True))
+        S = new[2].shape[2]
+        if window is None or window >= S:
+            self.slots = tuple(t.clone() for t in new) if self.slots is None else new
+        else:
+            active = ops.kept_until(new[2], window) == S
+            kept = torch.where(active, torch.arange(S, device=scores.device), S).sort(-1).values[..., :window]
+            self.slots = _select(new, kept)
+        return new[:3]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to make: slots come with the first keys."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise ThriftyError(
+            "[cache] a dynamic mask layer needs scores too; got keys and values; give the mixer its own layer"
+        )
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.slots, self.seen, self.is_initialized = None, 0, False
+
+    def offload(self) -> None:
+        self._map(lambda slots: slots.to("cpu"))
+
+    def prefetch(self) -> None:
+        """Nothing to do: `extend` moves the slots to where the new keys are."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda slots: slots.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda slots: slots.index_select(0, indices.to(slots.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ThriftyError(
+                "[cache] keys that a dynamic mask evicted cannot be brought back; got crop("
+                f"{tokens_to_remove}); generate without an assistant, or start from an empty cache"
+            )
+
+    def _map(self, change: Any) -> None:
+        if self.slots is not None:
+            self.slots = tuple(change(slots) for slots in self.slots)
+
+
 def recurrent_layer(cache: Any, layer_idx: int) -> RecurrentLayer | None:
     """The layer of a transformers `Cache` that holds a recurrent mixer's state; None without a cache.
 
     Raises ThriftyError where that layer is made for something else.
     """
+    return _layer(cache, layer_idx, RecurrentLayer, "recurrent")
+
+
+def dynamic_mask_layer(cache: Any, layer_idx: int) -> DynamicMaskLayer | None:
+    """The layer of a transformers `Cache` that holds a dynamic mask's keys; None without a cache.
+
+    Raises ThriftyError where that layer is made for something else.
+    """
+    return _layer(cache, layer_idx, DynamicMaskLayer, "a dynamic mask")
+
+
+def _layer(cache: Any, layer_idx: int, kind: type, name: str) -> Any:
     if cache is None:
         return None
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if not isinstance(layer, RecurrentLayer):
+    if not isinstance(layer, kind):
         found = "nothing" if layer is None else type(layer).__name__
         raise ThriftyError(
-            f"[cache] layer {layer_idx} is recurrent and needs a RecurrentLayer; got {found}; let the model make its "
+            f"[cache] layer {layer_idx} is {name} and needs a {kind.__name__}; got {found}; let the model make its "
             "cache, or give Cache(layers=[...]) with one"
         )
     return layer
@@ -104,3 +213,24 @@ def unpadded(mask: Tensor | None, tokens: int) -> Tensor | None:
             f"[mixer] a padding mask must be boolean [B, S] with S >= {tokens}; got {mask.dtype} {tuple(mask.shape)}"
         )
     return mask[:, -tokens:]
+
+
+def _select(slots: tuple[Tensor, ...], index: Tensor) -> Any:
+    """Entries of keys and values [B, h, n, d], scores and ages [B, h, n] at index [B, h, m]."""
+    return tuple(t.gather(2, index if t.ndim == 3 else index[..., None].expand(-1, -1, -1, t.shape[3])) for t in slots)
+
+
+def _replace_worst(slots: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Any:
+    """Full slots, where one new key takes the place of the worst, the oldest of equals, unless it is worse itself."""
+    # In place, but where a backward pass will want the slots as they were.
+    write = Tensor.scatter if any(t.requires_grad for t in (*slots, *new)) else Tensor.scatter_
+    scores, ages = slots[2:]
+    lowest = scores.amin(-1, keepdim=True)
+    worst = torch.where(scores == lowest, ages, torch.iinfo(ages.dtype).max).argmin(-1, keepdim=True)  # [B, h, 1]
+    better = new[2] >= lowest
+    written = []
+    for kept, old, fresh in zip(slots, _select(slots, worst), new, strict=True):
+        shape = (*worst.shape, 1)[: kept.ndim]
+        value = torch.where(better.view(shape), fresh, old)
+        written.append(write(kept, 2, worst.view(shape).expand(fresh.shape), value))
+    return tuple(written)

@@ -72,7 +72,8 @@ def dynamic_mask_attention(
     if mask is not None:
         scores = _hide(scores, mask)
     if (window is None or window >= S) and T in (1, S):
-        return _dense(q, k, v, scores, mask is not None, dropout)
+        y = _one(q, k, v, scores, dropout) if T == 1 else _dense(q, k, v, scores, dropout)
+        return y if mask is None else _clear_keyless(y, scores)
     seed = int(torch.randint(1 << 62, ())) if dropout else 0
     window = min(window or S, S)
     return _sparse(q, k, v, scores.float(), kept_until(scores, window, mask), window, dropout, seed)
@@ -103,9 +104,17 @@ def _hide(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.masked_fill(~(mask[:, None] if mask.ndim == 2 else mask), -torch.inf)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, hidden: bool, dropout: float) -> Tensor:
+def _one(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, dropout: float) -> Tensor:
+    """One query a head, over every key: the heads of a group are the rows of a product."""
+    rows = q.reshape(*k.shape[:2], -1, q.shape[3])
+    logits = (rows * q.shape[3] ** -0.5 @ k.transpose(2, 3)).float() + scores.float().clamp(min=_LOWEST)[:, :, None]
+    p = F.dropout(torch.softmax(logits, -1), dropout)
+    return (p.to(v.dtype) @ v).reshape(q.shape)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, dropout: float) -> Tensor:
     """Every key up to t: q' = [q, 1, 0 ...], k' = [k, sqrt(d) b, 0 ...], v' = [v, 0 ...], the scale that of q."""
-    d, T = q.shape[-1], q.shape[2]
+    d = q.shape[-1]
     # A key without weight is far below the others, not at -inf, which would be NaN where it meets nothing else.
     bias = (scores.double() * d**0.5).clamp(min=torch.finfo(q.dtype).min / 2)
     parts = [bias.to(q.dtype)]
@@ -118,9 +127,9 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, hidden: bool, dropou
     k = torch.cat([k, F.pad(torch.stack(parts, -1), (0, -(d + n) % 8))], -1)
     v = F.pad(v, (0, k.shape[-1] - d))
     y = F.scaled_dot_product_attention(
-        *(q, k, v), dropout_p=dropout, is_causal=T > 1, scale=d**-0.5, enable_gqa=q.shape[1] != k.shape[1]
-    )[..., :d]
-    return _clear_keyless(y, scores) if hidden else y
+        *(q, k, v), dropout_p=dropout, is_causal=True, scale=d**-0.5, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return y[..., :d]
 
 
 @torch.library.custom_op("thrifty::kept_until", mutates_args=())
