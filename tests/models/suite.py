@@ -37,6 +37,31 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "dense": {"linear": "dense", "num_key_value_heads": 2},
     "dense-mlp-pre": {"linear": "dense", "feed_forward": "mlp", "norm_placement": "pre"},
     "matmulfree": {"family": "matmulfree"},
+    "doge": {"family": "doge", "num_key_value_heads": 2, "keep_window_size": 5},
+    "doge-wide": {"family": "doge", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "doge-ternary": {"family": "doge", "linear": "ternary", "norm_placement": "sub_ln", "keep_window_size": 4},
+    "doge-old": {"family": "doge", "qk_norm": False, "dt_heads": "attention", "dynamic_mask_ratio": 0.1},
+    "doge-seed": {
+        "family": "doge",
+        "qk_norm": False,
+        "dt_heads": "attention",
+        "dynamic_mask_selection": "none",
+        "tie_word_embeddings": True,
+    },
+    "cheems-seed": {
+        "family": "cheems",
+        "token_mixers": ["ssd", "dynamic_mask"],
+        "qk_norm": False,
+        "dt_heads": "attention",
+        "dynamic_mask_selection": "none",
+    },
+    "cheems": {"family": "cheems", "token_mixers": ["ssd", "dynamic_mask"], "keep_window_size": 5, "ssd_chunk_size": 4},
+    "all-four": {
+        "token_mixers": ["attention", "dynamic_mask", "mlgru", "ssd"],
+        "num_hidden_layers": 4,
+        "keep_window_size": 4,
+        "residual": "scaled",
+    },
     "ternary-recurrent": {"token_mixers": ["ssd", "mlgru", "attention"], "num_hidden_layers": 3, "ssd_chunk_size": 5},
     "dense-recurrent-pre": {
         "token_mixers": ["mlgru", "ssd"],
@@ -53,6 +78,12 @@ _FAMILIES: dict[str, tuple[type[ThriftyConfig], type[ThriftyForCausalLM]]] = {
     "cheems": (CheemsConfig, CheemsForCausalLM),
     "matmulfree": (MatMulFreeConfig, MatMulFreeForCausalLM),
 }
+#: Those with weights to pack.
+QUANTISED = [
+    name
+    for name, fields in MIXTURES.items()
+    if fields.get("linear", _FAMILIES[fields.get("family", "thrifty")][0].linear) != "dense"
+]
 
 
 def small_model(mixture: str, seed: int = 0) -> ThriftyForCausalLM:

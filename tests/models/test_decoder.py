@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from models.suite import MIXTURES, SMALL, close_in_most, small_model, small_tokens
+from models.suite import MIXTURES, QUANTISED, SMALL, close_in_most, small_model, small_tokens
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
@@ -14,7 +14,6 @@ from thrifty.models.decoder import _compiled_layer
 from thrifty.nn import is_packed, pack, unpack
 
 pytestmark = pytest.mark.usefixtures("quiet")
-QUANTISED = [name for name in MIXTURES if "dense" not in name]
 
 
 @pytest.fixture(params=MIXTURES)

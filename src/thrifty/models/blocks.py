@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from thrifty.models.configuration import ThriftyConfig
-from thrifty.nn import MLGRU, SSD, BitAttention, BitFeedForward
+from thrifty.nn import MLGRU, SSD, BitAttention, BitFeedForward, DynamicMaskAttention
 
 
 def _attention(config: ThriftyConfig, layer_idx: int) -> nn.Module:
@@ -14,6 +14,28 @@ def _attention(config: ThriftyConfig, layer_idx: int) -> nn.Module:
         config.num_attention_heads,
         config.num_key_value_heads,
         config.head_dim,
+        bias=config.attention_bias,
+        dropout=config.attention_dropout,
+        sub_norm=config.norm_placement == "sub_ln",
+        weight=config.linear,  # pyright: ignore[reportArgumentType]
+        norm=None,
+        eps=config.rms_norm_eps,
+        layer_idx=layer_idx,
+    )
+
+
+def _dynamic_mask(config: ThriftyConfig, layer_idx: int) -> nn.Module:
+    return DynamicMaskAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        window=config.keep_window_size,
+        selection=config.dynamic_mask_selection,  # pyright: ignore[reportArgumentType]
+        ratio=config.dynamic_mask_ratio,
+        max_positions=config.max_position_embeddings,
+        dt_heads=config.dt_heads,  # pyright: ignore[reportArgumentType]
+        qk_norm=config.qk_norm,
         bias=config.attention_bias,
         dropout=config.attention_dropout,
         sub_norm=config.norm_placement == "sub_ln",
@@ -69,6 +91,11 @@ def _feed_forward(config: ThriftyConfig) -> nn.Module:
 
 
 #: Builders by the names in `ThriftyConfig.token_mixers`; a mixer is called as `BitAttention` is.
-MIXERS: dict[str, Callable[[ThriftyConfig, int], nn.Module]] = {"attention": _attention, "mlgru": _mlgru, "ssd": _ssd}
+MIXERS: dict[str, Callable[[ThriftyConfig, int], nn.Module]] = {
+    "attention": _attention,
+    "dynamic_mask": _dynamic_mask,
+    "mlgru": _mlgru,
+    "ssd": _ssd,
+}
 #: Builders by the names of `ThriftyConfig.feed_forward`.
 FEED_FORWARDS: dict[str, Callable[[ThriftyConfig], nn.Module]] = {"glu": _feed_forward, "mlp": _feed_forward}

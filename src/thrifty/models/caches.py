@@ -8,14 +8,14 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from thrifty.errors import ThriftyError
 from thrifty.models.configuration import ThriftyConfig
-from thrifty.nn import RecurrentLayer
+from thrifty.nn import DynamicMaskLayer, RecurrentLayer
 
 
 def new_cache(config: ThriftyConfig) -> Cache:
     """An empty cache for the model of that config."""
     if not config.is_stateful:
         return DynamicCache(config=config)
-    return Cache(layers=[_layer(config, config.mixer(i)) for i in range(config.num_hidden_layers)])
+    return Cache(layers=[LAYERS[config.mixer(i)]() for i in range(config.num_hidden_layers)])
 
 
 def fitting_cache(config: ThriftyConfig, cache: Cache | None, wanted: bool) -> Cache | None:
@@ -33,6 +33,13 @@ def fitting_cache(config: ThriftyConfig, cache: Cache | None, wanted: bool) -> C
     return cache
 
 
+#: The layer of a cache that each mixer needs.
+LAYERS: dict[str, type] = {
+    "attention": DynamicLayer,
+    "dynamic_mask": DynamicMaskLayer,
+    "mlgru": RecurrentLayer,
+    "ssd": RecurrentLayer,
+}
 # Its methods are annotated with a class that exists for type checkers only.
 _mixin: Any = GenerationMixin
 
@@ -60,10 +67,6 @@ class Generation:
             model_kwargs["past_key_values"] = new_cache(self.config)
             return None
         return _mixin._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
-
-
-def _layer(config: ThriftyConfig, mixer: str) -> Any:
-    return DynamicLayer() if mixer == "attention" else RecurrentLayer()
 
 
 def _refusal(config: ThriftyConfig, what: str) -> ThriftyError:

@@ -30,6 +30,8 @@ GENERATIONS = {
     "mlp.queries": "router='linear'",
     "mlp.keys": "router='linear'",
 }
+#: Fields that configurations take beside those they declare.
+_OTHER_FIELDS = ("num_labels", "is_moe")
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -106,7 +108,8 @@ class CheckpointedModel(PreTrainedModel):
             return copy.deepcopy(config), kwargs
         config_class: Any = cls.config_class
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in config_class.__dataclass_fields__}
+        known = {*config_class.__dataclass_fields__, *_OTHER_FIELDS}
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
         dtype = {"dtype": fields.pop("dtype")} if "dtype" in fields else {}
         return config_class.from_pretrained(config or path, **hub, **fields), {**kwargs, **dtype}
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from thrifty.errors import ThriftyError
 from thrifty.nn.attention import check_heads
+from thrifty.nn.dynamic_mask_attention import DT_HEADS, SELECTIONS, kept_keys
 from thrifty.nn.linear import LINEARS
 from thrifty.ops import ACTIVATIONS
 
@@ -18,8 +19,8 @@ CHOICES = {
     "norm_placement": ("sub_ln", "pre"),
     "hidden_act": tuple(ACTIVATIONS),
     "residual": ("plain", "scaled"),
-    "dynamic_mask_selection": ("none", "keep_window", "ratio", "ratio_legacy"),
-    "dt_heads": ("kv", "attention"),
+    "dynamic_mask_selection": SELECTIONS,
+    "dt_heads": DT_HEADS,
     "router": ("linear", "product_key_heads"),
     "router_layout": ("per_token", "legacy"),
 }
@@ -42,7 +43,7 @@ SEED_FIELDS = {
 #: Sizes that must be whole and positive: of every model, of experts, of the seed's router.
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
-    *("keep_window_size", "ssd_chunk_size"),
+    "ssd_chunk_size",
 )
 _EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "num_experts_heads", "expert_retrieval_size")
 
@@ -61,11 +62,16 @@ def check_config(config: "ThriftyConfig") -> None:
     if kind != "default":
         raise ThriftyError(f"[{name}] rope_type must be 'default'; got '{kind}'")
     if "dynamic_mask" in config.mixers:
-        _check_selection(config, name)
-    if config.sliding_window is not None:
+        kept_keys(
+            config.dynamic_mask_selection,
+            config.keep_window_size,
+            config.dynamic_mask_ratio,
+            config.max_position_embeddings,
+            config.sliding_window,
+        )
+    elif config.sliding_window is not None:
         raise ThriftyError(
-            f"[{name}] sliding_window must be None: a dynamic mask's bounded cache lets no key return, and attention "
-            f"sees every key; got {config.sliding_window}; set sliding_window=None and choose keep_window_size"
+            f"[{name}] sliding_window must be None, as attention sees every key; got {config.sliding_window}"
         )
     if config.feed_forward == "cdmoe":
         _check_experts(config, name)
@@ -95,17 +101,6 @@ def _check_mixers(config: "ThriftyConfig", name: str) -> None:
             f"[{name}] the pattern token_mixers must repeat to {config.num_hidden_layers} layers; got {len(mixers)} "
             "entries; make it as long as the layers, or a part that divides them"
         )
-
-
-def _check_selection(config: "ThriftyConfig", name: str) -> None:
-    ratio, positions = config.dynamic_mask_ratio, config.max_position_embeddings
-    if config.dynamic_mask_selection == "ratio" and not 1 <= int(ratio * positions) <= positions:
-        raise ThriftyError(
-            f"[{name}] dynamic_mask_ratio must keep at least one key of {positions} and at most all; got {ratio}; "
-            "choose a share up to 1, or dynamic_mask_selection='keep_window'"
-        )
-    if config.dynamic_mask_selection == "ratio_legacy" and not 0 <= ratio < 1:
-        raise ThriftyError(f"[{name}] dynamic_mask_ratio must be the share dropped, below 1; got {ratio}")
 
 
 def _check_experts(config: "ThriftyConfig", name: str) -> None:

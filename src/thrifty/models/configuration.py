@@ -117,15 +117,6 @@ class ThriftyConfig(PreTrainedConfig):
         return mixer in ("attention", "dynamic_mask") or (mixer == "ssd" and self.ssd_rotary)
 
     @property
-    def window(self) -> int | None:
-        """How many keys a dynamic mask keeps; None for all."""
-        if self.dynamic_mask_selection == "keep_window":
-            return self.keep_window_size
-        if self.dynamic_mask_selection == "ratio":
-            return int(self.dynamic_mask_ratio * self.max_position_embeddings)
-        return None
-
-    @property
     def is_plain_bitnet(self) -> bool:
         """Whether transformers' own BitNet computes the same from the packed folder."""
         head_dim = self.head_dim or 0

@@ -18,7 +18,7 @@ from thrifty.models.blocks import FEED_FORWARDS, MIXERS
 from thrifty.models.caches import Generation, fitting_cache
 from thrifty.models.checkpoints import CheckpointedModel
 from thrifty.models.configuration import ThriftyConfig
-from thrifty.nn import SSD, BitLinear, RMSNorm, RotaryEmbedding
+from thrifty.nn import SSD, BitLinear, DynamicMaskAttention, RMSNorm, RotaryEmbedding
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -90,7 +90,7 @@ class ThriftyPreTrainedModel(CheckpointedModel):
             for scale in (module.input_residual, module.post_attention_residual):
                 if scale is not None:
                     init.ones_(scale)
-        elif isinstance(module, SSD):
+        elif isinstance(module, (SSD, DynamicMaskAttention)):
             for name, value in module.initial().items():
                 init.copy_(getattr(module, name), value)
         else:
