@@ -17,8 +17,9 @@ constexpr size_t kQuantizeGrain = 16 << 10;
 
 #define THRIFTY_MATMULS(isa, base3_isa) \
   {isa::matmul_i2, base3_isa::matmul_base3, nullptr, isa::matmul_i8, isa::matmul_i4}
-#define THRIFTY_STEP(isa) \
-  isa::float_matmul, isa::rope_cache, isa::attend, isa::attend_chunk, isa::merge_chunks, isa::glu
+#define THRIFTY_STEP(isa)                                                                          \
+  isa::float_matmul, isa::rope_cache, isa::attend, isa::attend_chunk, isa::merge_chunks, isa::glu, \
+      isa::product_key_experts
 
 constexpr Kernels kGeneric = {THRIFTY_MATMULS(generic, generic), generic::quantize, generic::rms_norm,
                               THRIFTY_STEP(generic), generic::read};

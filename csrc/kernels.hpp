@@ -99,6 +99,22 @@ struct Attention {
   size_t most_chunks;  // of a row, in the scratch
 };
 
+/// Experts of one hidden unit, k for each row of x. Without `up` the hidden values are all that is wanted, without
+/// `down` the sum of `up` rows by the weights.
+struct ProductKeyExperts {
+  const float* x;
+  const int64_t* indices;  // [rows, k], as weights and hidden
+  const float* weights;
+  const void* down;  // [experts, d], as up
+  const void* up;
+  int dtype;
+  int activation;
+  size_t k;
+  size_t d;
+  float* hidden;
+  float* y;
+};
+
 /// Positions of a chunk: src/thrifty/spec/attention.py.
 constexpr size_t kChunk = 256;
 /// Queries that are held against a chunk of keys at once.
@@ -121,6 +137,7 @@ struct Kernels {
   void (*attend_chunk)(const Attention&, size_t row, size_t kv_head, size_t chunk);
   void (*merge_chunks)(const Attention&, size_t row, size_t kv_head);
   void (*glu)(const float* gate, const float* up, int activation, size_t count, float* y);
+  void (*product_key_experts)(const ProductKeyExperts&, size_t first_row, size_t end_row);
   uint64_t (*read)(const void* bytes, size_t count, int loop);
 };
 
@@ -142,6 +159,7 @@ const Kernels& kernels();
   void attend_chunk(const Attention& a, size_t row, size_t kv_head, size_t chunk); \
   void merge_chunks(const Attention& a, size_t row, size_t kv_head);               \
   void glu(const float* gate, const float* up, int act, size_t count, float* y);   \
+  void product_key_experts(const ProductKeyExperts& e, size_t first, size_t end);  \
   }
 #define THRIFTY_QUANTIZE(isa)                                     \
   namespace isa {                                                 \

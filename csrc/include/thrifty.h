@@ -109,6 +109,21 @@ THRIFTY_API int thrifty_glu(const float* gate, const float* up, int activation, 
 THRIFTY_API int thrifty_kept_until(const float* scores, int64_t heads, int64_t keys, int64_t window, uint64_t* scratch,
                                    int64_t* ends, int n_threads);
 
+/* The k best of all sums x_i + y_j of each row, best first: the sums, and numbers i * n + j; of equal sums the smaller
+ * number. x, y: [rows, n], n <= 65536; sums, numbers: [rows, k], k <= n * n. */
+#define THRIFTY_MOST_CHOSEN 512
+THRIFTY_API int thrifty_product_key_topk(const float* x, int64_t x_stride, const float* y, int64_t y_stride,
+                                         int64_t rows, int64_t n, int64_t k, float* sums, int64_t* numbers,
+                                         int n_threads);
+
+/* hidden_s = x . down_e, y = sum_s w_s act(hidden_s) up_e, e the s-th of a row's k experts.
+ * x, y: [n, d]; indices, weights, hidden: [n, k]; down, up: [experts, d] in dtype, enum thrifty_dtype but INT8;
+ * activation: enum thrifty_activation. `up` NULL: hidden alone; `down` NULL: y = sum_s w_s up_e. */
+THRIFTY_API int thrifty_product_key_experts(const float* x, const int64_t* indices, const float* weights,
+                                            const void* down, const void* up, int dtype, int activation, int64_t n,
+                                            int64_t k, int64_t d, int64_t experts, float* hidden, float* y,
+                                            int n_threads);
+
 /* Reads a buffer once and tells how fast. loop 0: linear; 1: linear, prefetched 4 KiB ahead; 2: four streams a thread.
  * The buffer is cut between threads as a matrix is. */
 THRIFTY_API int thrifty_read_bandwidth(const void* buffer, size_t bytes, int loop, int n_threads,

@@ -120,3 +120,18 @@ def test_ssd_block():
     expected = product(layer.o_proj, mixed.reshape(6, -1))
     y = layer(torch.from_numpy(x)[None], tuple(torch.from_numpy(t)[None] for t in tables))[0].detach().numpy()
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-2 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("experts", [16, 400])
+def test_product_key_experts(experts):
+    n = round(experts**0.5)
+    x, down, up = array(18, 24), array(experts, 24), array(experts, 24)
+    left, right = array(18, n), array(18, n)
+    sums, indices = spec.product_key_topk(left, right, 6)
+    weights, chosen = ops.product_key_topk(torch.from_numpy(left), torch.from_numpy(right), 6)
+    assert np.array_equal(weights.numpy(), sums)
+    assert np.array_equal(chosen.numpy(), indices)
+    y = ops.product_key_experts(
+        torch.from_numpy(x), chosen, weights, torch.from_numpy(down), torch.from_numpy(up), "silu"
+    )
+    close(y, spec.product_key_experts(x, indices, sums, down, up, spec.ACTIVATIONS["silu"]))

@@ -12,6 +12,7 @@ import numpy as np
 from thrifty.errors import ThriftyError
 from thrifty.native import _library
 from thrifty.native._attention import attention, glu
+from thrifty.native._experts import product_key_experts, product_key_topk
 from thrifty.native._kept_until import kept_until
 from thrifty.native._library import aligned_empty
 from thrifty.native._matmul import ternary_matmul
@@ -126,6 +127,8 @@ __all__ = [
     "kept_until",
     "pack",
     "pack_into",
+    "product_key_experts",
+    "product_key_topk",
     "quantize_into",
     "quantize_per_token",
     "read_bandwidth",

@@ -53,6 +53,11 @@ _PROTOTYPES = {
     "rms_norm": (_int, _pointer, _pointer, _float, _i64, _i64, _pointer, _int),
     "glu": (_int, _pointer, _pointer, _int, _i64, _pointer, _int),
     "kept_until": (_int, _pointer, _i64, _i64, _i64, _pointer, _pointer, _int),
+    "product_key_topk": (_int, _pointer, _i64, _pointer, _i64, _i64, _i64, _i64, _pointer, _pointer, _int),
+    "product_key_experts": (
+        *(_int, _pointer, _pointer, _pointer, _pointer, _pointer, _int, _int),
+        *(_i64, _i64, _i64, _i64, _pointer, _pointer, _int),
+    ),
     "read_bandwidth": (_int, _pointer, _size, _int, _int, ctypes.POINTER(ctypes.c_double)),
     "cache_evict": (None, _pointer, _size),
     "cache_size": (_size, _int, _i64, _i64, _i64, _i64),
