@@ -3,6 +3,7 @@
 from thrifty.nn.attention import BitAttention
 from thrifty.nn.cache import DynamicMaskLayer, RecurrentLayer
 from thrifty.nn.dynamic_mask_attention import SELECTIONS, DMAttn, DynamicMaskAttention, kept_keys
+from thrifty.nn.experts import PEER, CDMoE, ExpertUsage, load_balance_loss
 from thrifty.nn.feedforward import BitFeedForward
 from thrifty.nn.linear import LINEARS, BitLinear, make_linear
 from thrifty.nn.mlgru import MLGRU
@@ -14,20 +15,24 @@ from thrifty.nn.ssd import SSD
 __all__ = [
     "LINEARS",
     "MLGRU",
+    "PEER",
     "SELECTIONS",
     "SSD",
     "BitAttention",
     "BitFeedForward",
     "BitLinear",
+    "CDMoE",
     "DMAttn",
     "DynamicMaskAttention",
     "DynamicMaskLayer",
+    "ExpertUsage",
     "PackedBitLinear",
     "RMSNorm",
     "RecurrentLayer",
     "RotaryEmbedding",
     "is_packed",
     "kept_keys",
+    "load_balance_loss",
     "make_linear",
     "pack",
     "unpack",
