@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,8 +11,7 @@ from thrifty import native
 from thrifty.checkpoint import DecoderConfig, Folder
 from thrifty.runtime.cache import NativeCache
 from thrifty.runtime.fallback import NumpyDecoder
-from thrifty.runtime.program import DecoderProgram, Options
-from thrifty.runtime.weights import fastest_format
+from thrifty.runtime.program import DecoderProgram, Options, fastest_format
 
 #: Positions computed at a time when a prompt is read; memory does not grow with the prompt.
 PREFILL_ROWS = 512
@@ -57,15 +57,16 @@ class NativeDecoder:
     ) -> None:
         self.config = folder.config
         self.max_context = max_context
-        if weight_format == "auto":
-            weight_format = "i2" if folder.config.linear == "dense" else fastest_format(folder.config, n_threads)
-        self.weight_format = weight_format
         self._cache_dtype = CACHE_DTYPES[cache_bits]
         self._rows, self._outputs = PREFILL_ROWS, min(HEAD_ROWS, PREFILL_ROWS)
-        self._decoder = DecoderProgram(
-            folder,
-            Options(weight_format, head_bits, self._cache_dtype, n_threads, max_context, self._rows, self._outputs),
+        options = Options(
+            weight_format, head_bits, self._cache_dtype, n_threads, max_context, self._rows, self._outputs
         )
+        if weight_format == "auto":
+            chosen = "i2" if folder.config.linear == "dense" else fastest_format(folder, options)
+            options = replace(options, weight_format=chosen)
+        self.weight_format = options.weight_format
+        self._decoder = DecoderProgram(folder, options)
         self._program = self._decoder.program
         self._lock = threading.Lock()
 
