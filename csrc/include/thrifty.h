@@ -107,6 +107,9 @@ THRIFTY_API int thrifty_glu(const float* gate, const float* up, int activation, 
  * The buffer is cut between threads as a matrix is. */
 THRIFTY_API int thrifty_read_bandwidth(const void* buffer, size_t bytes, int loop, int n_threads,
                                        double* bytes_per_second);
+/* Operations a second, two for each product, of the best int8 product of the instruction set in use (tiles of AMX,
+ * vpdpbusd, vpmaddubsw, smlal) on operands in registers, for about `seconds`. */
+THRIFTY_API int thrifty_int8_peak(int n_threads, double seconds, double* ops_per_second);
 /* Drops a buffer from the processor's caches where it has an instruction for that, so that the next reading is timed
  * from memory. */
 THRIFTY_API void thrifty_cache_evict(const void* buffer, size_t bytes);

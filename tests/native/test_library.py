@@ -178,3 +178,16 @@ def test_read_bandwidth_reads_with_every_loop():
         assert native.read_bandwidth(buffer, loop, 2) > 0
     with pytest.raises(ThriftyError, match=r"\[read_bandwidth\]"):
         native.read_bandwidth(buffer, 3, 1)
+
+
+@needs_library
+def test_int8_peak_of_every_instruction_set():
+    peaks = {}
+    for isa in native.detected_isas():
+        native.select_isa(isa)
+        peaks[isa] = max(native.int8_peak(1, 0.01) for _ in range(3))
+        assert native.int8_peak(3, 1e-6) > 0
+    native.select_isa(None)
+    assert peaks["generic"] == min(peaks.values()) > 0
+    with pytest.raises(ThriftyError, match=r"\[int8_peak\]"):
+        native.int8_peak(1, 0.0)

@@ -77,6 +77,17 @@ def read_bandwidth(buffer: np.ndarray, loop: int, n_threads: int) -> float:
     return result.value
 
 
+def int8_peak(n_threads: int, seconds: float = 0.05) -> float:
+    """Operations per second, two for each product, of the best int8 product of the instruction set in use, on operands
+    in registers: what no product of matrices exceeds."""
+    library = _library.load()
+    if library is None:
+        raise ThriftyError("[int8_peak] there is no native library; install with a C++ compiler")
+    result = ctypes.c_double()
+    library.check("int8_peak", library.int8_peak(n_threads, seconds, ctypes.byref(result)))
+    return result.value
+
+
 def cache_evict(buffer: np.ndarray) -> None:
     """Drop a contiguous buffer from the processor's caches, so that its next reading comes from memory."""
     library = _library.load()
@@ -121,6 +132,7 @@ __all__ = [
     "detected_isas",
     "glu",
     "info",
+    "int8_peak",
     "isa",
     "pack",
     "pack_into",

@@ -53,6 +53,7 @@ _PROTOTYPES = {
     "rms_norm": (_int, _pointer, _pointer, _float, _i64, _i64, _pointer, _int),
     "glu": (_int, _pointer, _pointer, _int, _i64, _pointer, _int),
     "read_bandwidth": (_int, _pointer, _size, _int, _int, ctypes.POINTER(ctypes.c_double)),
+    "int8_peak": (_int, _int, ctypes.c_double, ctypes.POINTER(ctypes.c_double)),
     "cache_evict": (None, _pointer, _size),
     "cache_size": (_size, _int, _i64, _i64, _i64, _i64),
     "run": (_int, _pointer, _i64, _pointer, _int, _pointer),
