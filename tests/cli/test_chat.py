@@ -36,6 +36,16 @@ def test_bits_are_the_runtimes(path, monkeypatch, capsys):
     assert "cache_bits must be one of 32, 16, 8; got 3" in capsys.readouterr().err
 
 
+def test_a_prompt_cache_is_made_and_used(path, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "prompt"
+    command = [str(path), "--system", "S" * 50, "-n", "9"]
+    expected, _ = chat(monkeypatch, capsys, command, "hi\nagain\n")
+    for _ in range(2):
+        out, _ = chat(monkeypatch, capsys, [*command, "--prompt-cache", str(file)], "hi\nagain\n")
+        assert out == expected
+        assert file.is_file()
+
+
 def test_commands(path, monkeypatch, capsys):
     conversation = Conversation(load(path, head_bits=8, cache_bits=16), max_new_tokens=9)
     answer = "".join(conversation.ask("hi"))

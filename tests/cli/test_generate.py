@@ -36,6 +36,18 @@ def test_prompt_from_standard_input(path, capsys, monkeypatch):
     assert capsys.readouterr().out == load(path, head_bits=8, cache_bits=16).generate("hello", max_new_tokens=5) + "\n"
 
 
+def test_a_prompt_cache_is_made_and_used(path, capsys, tmp_path):
+    file = tmp_path / "prompt"
+    command = ["generate", str(path), "hello hello", "-n", "9"]
+    assert main(command) == 0
+    expected = capsys.readouterr().out
+    for _ in range(2):
+        assert main([*command, "--prompt-cache", str(file)]) == 0
+        assert capsys.readouterr().out == expected
+    assert main([*command, "--prompt-cache", str(file), "--cache-bits", "8"]) == 2
+    assert "it has 16 bits and the runtime 8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -349,3 +349,31 @@ def test_repack_refuses_a_digit_without_a_code():
     bad = np.full((4, 16), 0b11, np.uint8)
     with pytest.raises(ThriftyError, match="none of the codes of its format"):
         native.repack("i2", bad, 16, np.zeros((1, 1, 64), np.uint8), 0, 1, 1)
+
+
+@pytest.mark.parametrize(("dtype", "storage"), [("F32", np.float32), ("F16", np.float16), ("I8", np.int8)])
+@pytest.mark.parametrize(("head_dim", "count"), [(2, 1), (48, 63), (20, 65), (16, 128)])
+def test_positions_of_a_cache_come_back_from_plain_arrays(dtype, storage, head_dim, count):
+    rng, shape = np.random.default_rng(0), (3, 2, count, head_dim)
+    k, v = (rng.integers(-100, 100, shape).astype(storage) for _ in range(2))
+    scales = tuple(rng.random(shape[:3], np.float32) for _ in range(2)) if dtype == "I8" else None
+    capacity = 128
+    nbytes = native.cache_nbytes(dtype, 3, 2, head_dim, capacity)
+    memory = native.aligned_empty(nbytes + GUARD)
+    memory[:] = 77
+    place = memory.ctypes.data, capacity
+    native.cache_copy(dtype, place, k, v, scales, into=True)
+    back = [np.zeros_like(k), np.zeros_like(v)]
+    back_scales = tuple(np.zeros_like(s) for s in scales) if scales else None
+    native.cache_copy(dtype, place, back[0], back[1], back_scales, into=False)
+    np.testing.assert_array_equal(back, [k, v])
+    assert scales is None or np.array_equal(back_scales, scales)
+    assert (memory[nbytes:] == 77).all()
+
+
+def test_arrays_that_do_not_fit_a_cache_are_refused():
+    memory = native.aligned_empty(native.cache_nbytes("F32", 1, 2, 4, 64))
+    place, k = (memory.ctypes.data, 64), np.zeros((1, 2, 65, 4), np.float32)
+    for arrays in ((k, k), (k[:, :, :3], k[:, :, :3]), (k, k[:, :, :3].copy()), (k.astype(np.float16),) * 2):
+        with pytest.raises(ThriftyError, match="step"):
+            native.cache_copy("F32", place, *arrays, None, into=True)

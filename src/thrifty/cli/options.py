@@ -47,6 +47,12 @@ class GenerationOptions:
     top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest tokens of this probability.")] = None
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1, tokens seen become less likely.")] = None
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that keeps a prompt's keys and values: what prompts begin with alike is computed once."
+        ),
+    ] = None
     weight_format: Annotated[str, typer.Option(help="Weights in memory: auto, i2 (2 bits) or base3 (1.6).")] = "auto"
     head_bits: Annotated[int, typer.Option(help="Bits of the output head in memory: 8, 4, or 16 for as stored.")] = 8
     cache_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 32, 16 or 8.")] = 16
@@ -68,5 +74,5 @@ class GenerationOptions:
 
     def choice(self) -> dict[str, Any]:
         """What `Runtime.stream_tokens` takes."""
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "prompt_cache")
         return {name: getattr(self, name) for name in names}

@@ -19,6 +19,7 @@ from thrifty.native._quantize import quantize_into, quantize_per_token, rms_norm
 from thrifty.native._step import (
     ACTIVATION_IDS,
     CACHE_BLOCK,
+    CACHE_STORAGE,
     DTYPE_IDS,
     NO_FLAGS,
     Epilogue,
@@ -26,6 +27,7 @@ from thrifty.native._step import (
     OpCode,
     OpFlag,
     Program,
+    cache_copy,
     cache_nbytes,
     repack,
 )
@@ -112,6 +114,7 @@ def info() -> dict[str, Any]:
 __all__ = [
     "ACTIVATION_IDS",
     "CACHE_BLOCK",
+    "CACHE_STORAGE",
     "DTYPE_IDS",
     "KERNEL_FORMATS",
     "NO_FLAGS",
@@ -125,6 +128,7 @@ __all__ = [
     "attention",
     "available",
     "built_isas",
+    "cache_copy",
     "cache_evict",
     "cache_nbytes",
     "cpu_threads",

@@ -12,7 +12,7 @@ import numpy as np
 import thrifty.native
 from thrifty.errors import ThriftyError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 FILE_NAME = {"win32": "libthrifty.dll", "darwin": "libthrifty.dylib"}.get(sys.platform, "libthrifty.so")
 
 #: Numbers of the formats in the C interface.
@@ -56,6 +56,7 @@ _PROTOTYPES = {
     "int8_peak": (_int, _int, ctypes.c_double, ctypes.POINTER(ctypes.c_double)),
     "cache_evict": (None, _pointer, _size),
     "cache_size": (_size, _int, _i64, _i64, _i64, _i64),
+    "cache_copy": (_int, _int, _i64, _i64, _i64, _pointer, _i64, _pointer, _pointer, _pointer, _pointer, _int),
     "run": (_int, _pointer, _i64, _pointer, _int, _pointer),
 }
 

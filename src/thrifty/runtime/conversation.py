@@ -1,6 +1,7 @@
 """A chat: messages, and a cache that keeps what the turns share."""
 
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 from thrifty.runtime.runtime import Runtime
 
@@ -8,10 +9,14 @@ from thrifty.runtime.runtime import Runtime
 class Conversation:
     """Messages with a model. What a turn's prompt shares with the turn before is not computed again."""
 
-    def __init__(self, runtime: Runtime, system: str | None = None, **options) -> None:
-        """system: a first message that sets the tone; options: those of `Runtime.stream`."""
+    def __init__(
+        self, runtime: Runtime, system: str | None = None, prompt_cache: str | Path | None = None, **options
+    ) -> None:
+        """system: a first message that sets the tone; prompt_cache: a file, as in `Runtime.stream_tokens`, that the
+        first answer of a conversation uses and makes; options: those of `Runtime.stream`."""
         self._runtime = runtime
         self._system = system
+        self._prompt_cache = prompt_cache
         self._options = options
         self.reset()
 
@@ -27,7 +32,8 @@ class Conversation:
         kept as a message. Raises ThriftyError, and keeps nothing, where the conversation exceeds the context."""
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt, stops = self._runtime.chat_prompt(asked)
-        stream = self._runtime.stream(prompt, stop=stops, cache=self._cache, **self._options)
+        file = None if len(self._cache) else self._prompt_cache
+        stream = self._runtime.stream(prompt, stop=stops, cache=self._cache, prompt_cache=file, **self._options)
         return self._answer(asked, stream)
 
     def _answer(self, asked: list[dict[str, str]], stream: Iterator[str]) -> Generator[str, None, None]:

@@ -9,10 +9,11 @@ from tokenizers import Tokenizer
 from thrifty import native
 from thrifty.checkpoint import DecoderConfig, Folder, open_folder
 from thrifty.errors import ThriftyError
-from thrifty.runtime.cache import Cache
+from thrifty.runtime.cache import Cache, shared_prefix
 from thrifty.runtime.chat_template import PLAIN_CHAT_STOPS, chosen_template, render_chat
 from thrifty.runtime.decoder import CACHE_DTYPES, Decoder, make_decoder
 from thrifty.runtime.generation import Continuation, Defaults
+from thrifty.runtime.prompt_cache import PromptCache
 from thrifty.runtime.text import pieces, read_tokenizer, until_stop
 from thrifty.spec import CHUNK
 from thrifty.spec.windows import scoring_windows
@@ -131,16 +132,36 @@ class Runtime:
         seed: int | np.random.Generator | None = None,
         ignore_eos: bool = False,
         cache: Cache | None = None,
+        prompt_cache: str | Path | None = None,
     ) -> Iterator[int]:
         """The continuation of `prompt` (a text, or token ids), token by token; an end-of-sequence token ends it.
 
         Options left out are those of generation_config.json. temperature 0 takes the most likely token; a seed, or a
         generator, makes sampling repeatable. max_new_tokens left out is also cut to the room in the context. cache: one
-        of `new_cache`, whose prefix shared with the prompt is not computed again. Raises ThriftyError where prompt and
-        max_new_tokens exceed the context, or an option is out of range.
+        of `new_cache`, whose prefix shared with the prompt is not computed again. prompt_cache: the same in a file,
+        which is made where it is missing, and holds the prompt from now on where that is longer than what it held.
+        Raises ThriftyError where prompt and max_new_tokens exceed the context, an option is out of range, or a cache
+        is not of this model.
         """
         run = self._begin(prompt, max_new_tokens, seed, ignore_eos, temperature, top_k, top_p, repetition_penalty)
-        return self._tokens(run, self._cache_for(run) if cache is None else cache)
+        cache = self._cache_for(run) if cache is None else cache
+        if cache.owner is not self._decoder:
+            raise ThriftyError("[generate] a cache must be of this runtime; got another's; make one with new_cache")
+        file = None if prompt_cache is None else PromptCache(prompt_cache, self._folder, cache.dtype)
+        return self._tokens(run, cache, file)
+
+    def save_prompt(self, path: str | Path, prompt: str | Sequence[int]) -> int:
+        """Compute a prompt and write its keys and values to a file, for `prompt_cache` of later calls and processes.
+
+        Returns its number of tokens. A file that is there is used, and replaced. Raises ThriftyError where it is no
+        prompt cache of this model and cache_bits.
+        """
+        tokens = self._prompt(prompt)
+        cache = self._new_cache(len(tokens))
+        file = PromptCache(path, self._folder, cache.dtype)
+        self._read_prompt(tokens, cache, file)
+        file.save(cache, len(tokens))
+        return len(tokens)
 
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options) -> list[str]:
         """The continuations of several prompts, made together: reading the weights once a step serves them all.
@@ -239,15 +260,25 @@ class Runtime:
 
     def _new_cache(self, positions: int) -> Cache:
         try:
-            return self._decoder.new_cache(positions)
+            cache = self._decoder.new_cache(positions)
         except MemoryError as error:
             raise _no_memory(f"[generate] keys and values of {positions} positions", error) from error
 
-    def _tokens(self, run: Continuation, cache: Cache) -> Iterator[int]:
+        cache.owner = self._decoder
+        return cache
+
+    def _read_prompt(self, tokens: list[int], cache: Cache, file: PromptCache | None) -> np.ndarray:
+        """Logits after a prompt; what the file or the cache has of it is not computed again."""
+        if file is not None:
+            file.restore(cache, tokens)
+        return self._decoder.advance(tokens[cache.keep_prefix(tokens) :], cache)
+
+    def _tokens(self, run: Continuation, cache: Cache, file: PromptCache | None) -> Iterator[int]:
         if run.finished:
             return
-        shared = cache.keep_prefix(run.seen)
-        logits = self._decoder.advance(run.seen[shared:], cache)
+        logits = self._read_prompt(run.seen, cache, file)
+        if file is not None and len(run.seen) > len(file.tokens):
+            file.save(cache, len(run.seen))
         while (token := run.take(logits)) is not None:
             yield token
             if run.finished:
@@ -257,12 +288,21 @@ class Runtime:
     def _run_together(self, runs: Sequence[Continuation]) -> None:
         """Take several continuations to their ends, a step for all that are not there yet."""
         active = [(run, self._cache_for(run)) for run in runs if not run.finished]
-        for run, cache in active:
-            run.take(self._decoder.advance(run.seen, cache))
+        for i, (run, cache) in enumerate(active):
+            self._copy_prefix(run.seen, cache, [other for _, other in active[:i]])
+            run.take(self._read_prompt(run.seen, cache, None))
         while active := [(run, cache) for run, cache in active if not run.finished]:
             logits = self._decoder.advance_batch([run.seen[-1] for run, _ in active], [cache for _, cache in active])
             for (run, _), row in zip(active, logits, strict=True):
                 run.take(row)
+
+    def _copy_prefix(self, tokens: list[int], cache: Cache, others: Sequence[Cache]) -> None:
+        """Take over from the cache that begins most like `tokens` what they share: it is computed once."""
+        shared, nearest = max(
+            ((shared_prefix(c.tokens, tokens), c) for c in others), key=lambda x: x[0], default=(0, cache)
+        )
+        if shared:
+            cache.restore(tokens[:shared], nearest.arrays(shared))
 
     def _prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt, checked; an empty one begins a new sequence."""
