@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from thrifty.cli.options import ModelOptions, takes_options
 from thrifty.errors import ThriftyError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ and the shares say how near it comes. A model in the caches is not held up by th
 CONTEXTS, PROMPTS = (64, 1024, 4096), (128, 512)
 
 
+@takes_options(ModelOptions)
 def main(
     model: Annotated[Path | None, typer.Argument(help="Folder of a model; without one, --shape makes one up.")] = None,
     shape: Annotated[
@@ -48,14 +50,13 @@ def main(
         str | None, typer.Option(help="Tokens of the prompts that are read.", show_default="128,512 where they fit")
     ] = None,
     batch: Annotated[str, typer.Option(help="Sequences that are decoded together.")] = "1",
-    weight_format: Annotated[str, typer.Option(help="Weights in memory: auto, i2 (2 bits) or base3 (1.6).")] = "auto",
-    head_bits: Annotated[int, typer.Option(help="Bits of the output head in memory: 8, 4, or 16 for as stored.")] = 8,
-    cache_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 32, 16 or 8.")] = 16,
     rounds: Annotated[int, typer.Option(help="Times that everything is measured, in turn.", min=1)] = 5,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the speeds as this PNG.", show_default="bench.png, where matplotlib is")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, and draw nothing unless --plot says so.")] = False,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Measure decode, prompts, memory and load of a model beside the memory's bandwidth and the processor's int8 peak.
 
@@ -71,11 +72,6 @@ def main(
         raise ThriftyError(f"[bench] --shape must be one of {', '.join(measure.SIZES)}; got {shape}")
     lists = {"--threads": threads, "--context": context, "--prompt": prompt, "--batch": batch}
     chosen = {name: None if text is None else _numbers(name, text) for name, text in lists.items()}
-    options: dict[str, Any] = {
-        "weight_format": weight_format,
-        "head_bits": None if head_bits == 16 else head_bits,
-        "cache_bits": cache_bits,
-    }
     with TemporaryDirectory() as temporary:
         folder = model or measure.write_random(Path(temporary) / shape, measure.SIZES[shape])
         contexts, prompts = _that_fit(folder, chosen["--context"], chosen["--prompt"])
@@ -83,9 +79,11 @@ def main(
         results = {
             "model": str(model) if model else f"random weights of shape {shape}",
             "kernels": native.isa(),
-            **options,
+            **options.arguments(),
             "rounds": rounds,
-            "threads": _measure(folder, counts, contexts, prompts, chosen["--batch"] or [1], options, rounds),
+            "threads": _measure(
+                folder, counts, contexts, prompts, chosen["--batch"] or [1], options.arguments(), rounds
+            ),
         }
     _report(results, plot, json)
 

@@ -34,8 +34,22 @@ def takes_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., N
 
 
 @dataclass(frozen=True)
-class GenerationOptions:
-    """How a model is loaded, and how it goes on."""
+class ModelOptions:
+    """How a model lies in memory."""
+
+    weight_format: Annotated[str, typer.Option(help="Weights in memory: auto, i2 (2 bits) or base3 (1.6).")] = "auto"
+    head_bits: Annotated[int, typer.Option(help="Bits of the output head in memory: 8, 4, or 16 for as stored.")] = 8
+    cache_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 32, 16 or 8.")] = 16
+
+    def arguments(self) -> dict[str, Any]:
+        """What `thrifty.runtime.load` takes."""
+        bits = None if self.head_bits == 16 else self.head_bits
+        return {"weight_format": self.weight_format, "head_bits": bits, "cache_bits": self.cache_bits}
+
+
+@dataclass(frozen=True)
+class ChoiceOptions:
+    """How tokens are chosen."""
 
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "-n", help="Most tokens of an answer.", show_default="256")
@@ -53,9 +67,18 @@ class GenerationOptions:
             help="File that keeps a prompt's keys and values: what prompts begin with alike is computed once."
         ),
     ] = None
-    weight_format: Annotated[str, typer.Option(help="Weights in memory: auto, i2 (2 bits) or base3 (1.6).")] = "auto"
-    head_bits: Annotated[int, typer.Option(help="Bits of the output head in memory: 8, 4, or 16 for as stored.")] = 8
-    cache_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 32, 16 or 8.")] = 16
+
+    def choice(self) -> dict[str, Any]:
+        """What `Runtime.stream_tokens` takes."""
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "prompt_cache")
+        return {name: getattr(self, name) for name in names}
+
+
+# Python gives the fields of the last base first.
+@dataclass(frozen=True)
+class GenerationOptions(ModelOptions, ChoiceOptions):
+    """How a model is loaded, and how it goes on."""
+
     threads: Annotated[int | None, typer.Option(help="Threads; by default the physical cores.")] = None
     context: Annotated[int | None, typer.Option(help="Positions to make room for; by default the model's.")] = None
 
@@ -63,16 +86,4 @@ class GenerationOptions:
         """The runtime of a folder."""
         from thrifty.runtime import load
 
-        return load(
-            model,
-            weight_format=self.weight_format,
-            n_threads=self.threads,
-            max_context=self.context,
-            head_bits=None if self.head_bits == 16 else self.head_bits,
-            cache_bits=self.cache_bits,
-        )
-
-    def choice(self) -> dict[str, Any]:
-        """What `Runtime.stream_tokens` takes."""
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "prompt_cache")
-        return {name: getattr(self, name) for name in names}
+        return load(model, n_threads=self.threads, max_context=self.context, **self.arguments())
