@@ -152,6 +152,8 @@ def test_wrong_codes_are_refused_wherever_they_stand(fmt, code):
 def test_wrong_bytes_are_refused():
     with pytest.raises(ThriftyError, match=r"\[unpack\]"):
         native.unpack("i2", np.full(64, 0xFF, np.uint8), 16, 16)
+    with pytest.raises(ThriftyError, match=r"\[unpack\]"):
+        native.unpack("base3", np.full(64, 243, np.uint8), 16, 20)
     with pytest.raises(ThriftyError, match="take 64 bytes; got 63"):
         native.unpack("i2", np.zeros(63, np.uint8), 16, 16)
     with pytest.raises(ThriftyError, match="format must be one of"):
