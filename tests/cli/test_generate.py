@@ -36,6 +36,17 @@ def test_prompt_from_standard_input(path, capsys, monkeypatch):
     assert capsys.readouterr().out == load(path, head_bits=8, cache_bits=16).generate("hello", max_new_tokens=5) + "\n"
 
 
+def test_drafts_change_the_report_alone(path, capsys):
+    command = ["generate", str(path), "ab ab ab ab ab", "-n", "60"]
+    assert main(command) == 0
+    expected = capsys.readouterr()
+    assert main([*command, "--draft", "5"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == expected.out
+    assert "drafted tokens accepted" not in expected.err
+    assert "drafted tokens accepted" in printed.err
+
+
 def test_a_prompt_cache_is_made_and_used(path, capsys, tmp_path):
     file = tmp_path / "prompt"
     command = ["generate", str(path), "hello hello", "-n", "9"]

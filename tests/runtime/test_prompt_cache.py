@@ -2,6 +2,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,13 @@ from thrifty.checkpoint import Tensor, open_folder, save_safetensors
 from thrifty.runtime import Conversation, load
 from thrifty.runtime.prompt_cache import model_digest
 
-SAMPLED = {"temperature": 1.5, "top_k": 40, "repetition_penalty": 1.1, "ignore_eos": True, "max_new_tokens": 12}
+SAMPLED: dict[str, Any] = {
+    "temperature": 1.5,
+    "top_k": 40,
+    "repetition_penalty": 1.1,
+    "ignore_eos": True,
+    "max_new_tokens": 12,
+}
 PROMPT = [i * 7 % 256 for i in range(300)]
 
 
@@ -80,7 +87,7 @@ def test_only_the_positions_in_use_are_kept(path, tmp_path):
 def test_a_batch_computes_what_its_prompts_share_once(path, monkeypatch):
     runtime = load(path)
     prompts = [PROMPT[:200], [*PROMPT[:150], 3, 4], [8, 8], [*PROMPT[:150], 3, 9, 9], PROMPT[:200]]
-    options = {"seed": 3, **SAMPLED}
+    options: dict[str, Any] = {"seed": 3, **SAMPLED}
     expected = [runtime.generate_tokens(prompt, **options) for prompt in prompts]
     read = reads(runtime, monkeypatch)
     assert runtime.generate_tokens_batch(prompts, **options) == expected
@@ -90,7 +97,7 @@ def test_a_batch_computes_what_its_prompts_share_once(path, monkeypatch):
 def test_a_conversation_begins_with_the_file(path, tmp_path, monkeypatch):
     runtime, file = load(path), tmp_path / "prompt"
     system = "Be brief, and as kind as the weather allows. " * 3
-    options = {"max_new_tokens": 6, "ignore_eos": True}
+    options: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True}
     expected = [list(Conversation(runtime, system, **options).ask(text)) for text in ("hi", "ho")]
     for text, answer in zip(("hi", "ho"), expected, strict=True):
         read = reads(runtime, monkeypatch)
@@ -161,7 +168,7 @@ def test_caches_of_another_runtime_are_refused(path):
 
 
 def test_the_digest_sees_every_tensor_and_the_config(tmp_path):
-    sizes = {"vocab_size": 3000, "tokenizer": False}
+    sizes: dict[str, Any] = {"vocab_size": 3000, "tokenizer": False}
     first = model_digest(open_folder(write_checkpoint(tmp_path / "a", **sizes).path))
     assert first == model_digest(open_folder(write_checkpoint(tmp_path / "b", **sizes).path))
     assert first != model_digest(open_folder(write_checkpoint(tmp_path / "b", rms_norm_eps=1e-6, **sizes).path))

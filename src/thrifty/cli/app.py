@@ -21,6 +21,7 @@ COMMANDS = {
     "pack": "Make the small copy of a trained model: two bits per weight.",
     "generate": "Continue a prompt with a packed model.",
     "chat": "Talk with a packed model in the terminal.",
+    "eval": "Say how well a model knows a text, at several numbers of bits.",
     "bench": "Measure decode, prompts, memory and load beside what the machine could do at best.",
     "info": "Show versions, native code paths, installed extras, and what a model is made of.",
     "demo": "Train, pack and run a small model on the built-in text, and show what was gained.",

@@ -32,11 +32,15 @@ def main(
 
     Options left out are those of the model's generation_config.json. Speed goes to standard error.
     """
+    from thrifty.runtime import Drafting
+
     runtime = options.load(model)
     if prompt == "-":
         prompt = sys.stdin.read()
     begun, count = time.perf_counter(), 0
-    tokens = runtime.stream_tokens(prompt, **options.choice())
+    choice = options.choice()
+    choice["draft"] = drafting = Drafting(options.draft)
+    tokens = runtime.stream_tokens(prompt, **choice)
 
     def counted():
         nonlocal count
@@ -50,4 +54,5 @@ def main(
         print(piece, end="", flush=True)
     print()
     seconds = time.perf_counter() - begun
-    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
+    drafts = f", {drafting.accepted} of {drafting.proposed} drafted tokens accepted" if options.draft else ""
+    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens/s{drafts}", file=sys.stderr)

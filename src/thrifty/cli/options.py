@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,11 +67,13 @@ class ChoiceOptions:
             help="File that keeps a prompt's keys and values: what prompts begin with alike is computed once."
         ),
     ] = None
+    draft: Annotated[
+        int, typer.Option(min=0, help="Most tokens to guess at a time from earlier text; changes the speed alone.")
+    ] = 0
 
     def choice(self) -> dict[str, Any]:
         """What `Runtime.stream_tokens` takes."""
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "prompt_cache")
-        return {name: getattr(self, name) for name in names}
+        return {field.name: getattr(self, field.name) for field in fields(ChoiceOptions)}
 
 
 # Python gives the fields of the last base first.

@@ -34,6 +34,9 @@ class Decoder(Protocol):
     @property
     def most_sequences(self) -> int: ...
 
+    @property
+    def most_rows(self) -> int: ...
+
     def new_cache(self, capacity: int) -> Any: ...
 
     def advance(self, tokens: Sequence[int], cache: Any) -> np.ndarray: ...
@@ -80,6 +83,11 @@ class NativeDecoder:
         """Sequences that one step of `advance_batch` takes."""
         return self._outputs
 
+    @property
+    def most_rows(self) -> int:
+        """Positions whose logits one step gives, with the bits of as many steps."""
+        return self._outputs
+
     def new_cache(self, capacity: int) -> NativeCache:
         """A cache of a sequence of up to `capacity` positions."""
         return NativeCache(self.config, self._cache_dtype, capacity)
@@ -112,6 +120,11 @@ class NativeDecoder:
 
     def _part_logits(self, tokens: Sequence[int], cache: NativeCache) -> Iterator[np.ndarray]:
         rows = self._fill([(tokens, cache)])
+        if rows <= self._outputs:
+            self._program.output_rows[:rows] = np.arange(rows)
+            self._program.run(rows, rows, [cache.place])
+            yield self._decoder.logits[:rows].copy()
+            return
         self._program.run(rows, 0, [cache.place], end=self._decoder.head)
         for start in range(0, rows, self._outputs):
             count = min(self._outputs, rows - start)
