@@ -14,8 +14,8 @@ FORMAT_IDS = {**TERNARY_IDS, "i8": 3, "i4": 4}
 BAD_ARGUMENT, BAD_FORMAT, BAD_CODE, UNKNOWN_ISA = 1, 2, 3, 4
 #: In the order of `Function` in the driver.
 FUNCTIONS = (
-    *("pack_size", "cache_size", "isa_select", "buffer", "cache_evict", "pack", "unpack", "repack", "ternary_matmul"),
-    *("quantize_per_token", "rms_norm", "glu", "read_bandwidth", "int8_peak", "run"),
+    *("pack_size", "cache_size", "cache_copy", "isa_select", "buffer", "cache_evict", "pack", "unpack", "repack"),
+    *("ternary_matmul", "quantize_per_token", "rms_norm", "glu", "read_bandwidth", "int8_peak", "run"),
 )
 #: In the order of `Check` in the driver.
 GIVEN, EXACT, CLOSE, ANY, CACHE = range(5)
@@ -188,6 +188,20 @@ def memory_cases() -> Iterator[Case]:
     yield case
 
 
+def cache_copy_case(rng: np.random.Generator, dtype: str, kv_heads: int, d: int, count: int) -> Case:
+    """What goes into a cache comes out of it."""
+    case, layers, capacity = Case(f"cache_copy {dtype} {kv_heads}x{d}, {count} positions"), 2, 128
+    shape, cache = (layers, kv_heads, count), case.cache(dtype, layers, kv_heads, d, capacity)
+    width = {"F32": 4, "F16": 2, "I8": 1}[dtype]
+    stored = [rng.integers(0, 256, (*shape, d * width)).astype(np.uint8) for _ in range(2)]
+    stored += [rng.uniform(0, 1, shape).astype(np.float32) for _ in range(2 if dtype == "I8" else 0)]
+    for into, add in ((1, case.given), (0, case.exact)):
+        arrays = [add(a) for a in stored]
+        numbers = DTYPE_IDS[dtype], layers, kv_heads, d, cache, capacity, count
+        case.call("cache_copy", *numbers, *arrays, *[NULL] * (4 - len(arrays)), into)
+    return case
+
+
 def single_cases(rng: np.random.Generator) -> Iterator[Case]:
     """Every function but `thrifty_run`."""
     shapes = [(rows, cols) for rows in UGLY for cols in UGLY]
@@ -207,6 +221,8 @@ def single_cases(rng: np.random.Generator) -> Iterator[Case]:
     yield from (not_finite_case(d) for d in (1, 21, 500))
     yield from (glu_case(rng, count, act) for count in (*UGLY, 16) for act in spec.ACTIVATIONS)
     yield glu_case(rng, 20_001, "silu")
+    shapes = (1, 2, 0), (1, 2, 1), (2, 18, 17), (3, 64, 128)
+    yield from (cache_copy_case(rng, dtype, *shape) for dtype in ("F32", "F16", "I8") for shape in shapes)
     yield from memory_cases()
 
 
@@ -270,5 +286,10 @@ def refused_cases() -> Iterator[Case]:
         case.call("read_bandwidth", *numbers, result=BAD_ARGUMENT)
     for rate, seconds in ((0, 1e-4), (1, 0.0), (1, -1.0), (1, np.nan)):
         case.call("int8_peak", rate, floats=(seconds,), result=BAD_ARGUMENT)
+    copy = [DTYPE_IDS["I8"], 1, 1, 1, a, 64, 8, a, a, a, a, 0]
+    for at, value in ((0, 1), (0, 4), (1, 0), (2, 0), (3, 0), (4, NULL), (5, 63), (6, -1), (6, 65)):
+        case.call("cache_copy", *[value if i == at else number for i, number in enumerate(copy)], result=BAD_ARGUMENT)
+    for at in (7, 8, 9, 10):
+        case.call("cache_copy", *[NULL if i == at else number for i, number in enumerate(copy)], result=BAD_ARGUMENT)
     case.call("isa_select", case.given(np.frombuffer(b"sse9\0", np.uint8)), result=UNKNOWN_ISA)
     yield case

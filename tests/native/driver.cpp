@@ -186,6 +186,12 @@ int64_t rate_of(int64_t wanted, const Measure& measure) {
   return status;
 }
 
+int64_t copy_cache(const Arguments& a) {
+  const thrifty_slot slot{a.p<void>(4), a(5)};
+  return thrifty_cache_copy(a.i(0), a(1), a(2), a(3), &slot, a(6), a.p<void>(7), a.p<void>(8), a.p<float>(9),
+                            a.p<float>(10), a.i(11));
+}
+
 int64_t use_memory(size_t bytes) {
   char* buffer = static_cast<char*>(thrifty_buffer_alloc(bytes));
   if (buffer == nullptr || reinterpret_cast<uintptr_t>(buffer) % 64 != 0) fail("memory that is not aligned");
@@ -198,6 +204,7 @@ int64_t use_memory(size_t bytes) {
 enum Function : int64_t {
   kPackSize,
   kCacheSize,
+  kCacheCopy,
   kIsaSelect,
   kBuffer,
   kCacheEvict,
@@ -218,6 +225,7 @@ int64_t run_call(const Call& call, const Memory& memory, int threads) {
   switch (call.function) {
     case kPackSize: return int64_t(thrifty_pack_size(a.i(0), a(1), a(2)));
     case kCacheSize: return int64_t(thrifty_cache_size(a.i(0), a(1), a(2), a(3), a(4)));
+    case kCacheCopy: return copy_cache(a);
     case kIsaSelect: return thrifty_isa_select(a.p<char>(0));
     case kBuffer: return use_memory(size_t(a(0)));
     case kCacheEvict: return thrifty_cache_evict(a.p<void>(0), size_t(a(1))), 0;
