@@ -62,6 +62,14 @@ def test_a_conversation_that_fills_the_context_goes_on(path, monkeypatch, capsys
     assert out.strip() != ""
 
 
+def test_an_answer_that_the_context_cuts_says_so(path, monkeypatch, capsys):
+    out, err = chat(monkeypatch, capsys, [str(path), "--context", "40"], "hi\n/reset\nhi\n")
+    assert out.strip() != ""
+    assert err.count("the context of 40 is full: the answer ends there") == 2
+    _, err = chat(monkeypatch, capsys, [str(path), "--context", "40", "-n", "3"], "hi\n")
+    assert "full" not in err
+
+
 def test_a_template_without_jinja_ends_at_once(tmp_path, monkeypatch, capsys):
     path = write_checkpoint(tmp_path / "model").path
     (path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')

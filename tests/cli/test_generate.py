@@ -1,8 +1,10 @@
 import io
+import warnings
 
 import pytest
 from tiny_checkpoints import write_checkpoint
 
+from thrifty import native
 from thrifty.cli import main
 from thrifty.runtime import load
 
@@ -45,6 +47,28 @@ def test_drafts_change_the_report_alone(path, capsys):
     assert printed.out == expected.out
     assert "drafted tokens accepted" not in expected.err
     assert "drafted tokens accepted" in printed.err
+
+
+def test_a_text_that_the_context_cuts_says_so(path, capsys):
+    prompt = "hello"
+    assert main(["generate", str(path), prompt, "--context", "20"]) == 0
+    assert "the context of 20 is full, and the text ends there\n" in capsys.readouterr().err
+    assert main(["generate", str(path), prompt, "--context", "20", "-n", "15"]) == 0
+    assert "full" not in capsys.readouterr().err
+
+
+def test_more_threads_than_processors_warn_once_and_change_nothing(path, capsys):
+    assert main(["generate", str(path), "hello", "-n", "9"]) == 0
+    expected = capsys.readouterr().out
+    many = native.cpu_threads() + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["generate", str(path), "hello", "-n", "9", "--threads", str(many)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == expected
+    lines = [line for line in printed.err.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == 1
+    assert f"got {many}; results are the same, and slower" in lines[0]
 
 
 def test_a_prompt_cache_is_made_and_used(path, capsys, tmp_path):

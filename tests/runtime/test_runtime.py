@@ -12,6 +12,7 @@ import pytest
 from tiny_checkpoints import write_checkpoint
 
 from thrifty import ThriftyError, native, spec
+from thrifty.errors import ThriftyWarning
 from thrifty.native._library import FORMAT_IDS
 from thrifty.runtime import Conversation, load
 from thrifty.runtime.projection import Head
@@ -176,6 +177,14 @@ def test_tokens_out_of_range_and_empty_prompts(tmp_path, runtime):
     endless = load(write_checkpoint(tmp_path / "model", eos_token_id=None).path)
     with pytest.raises(ThriftyError, match="must have a token"):
         endless.generate("")
+
+
+def test_more_threads_than_processors_warn(path, recwarn):
+    load(path, n_threads=native.cpu_threads())
+    assert not recwarn
+    with pytest.warns(ThriftyWarning, match=f"at most {native.cpu_threads()}, .*; got 500; results are the same"):
+        many = load(path, n_threads=500)
+    np.testing.assert_array_equal(many.logits([1, 2, 3]), load(path).logits([1, 2, 3]))
 
 
 @pytest.mark.parametrize(

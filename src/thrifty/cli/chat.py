@@ -48,6 +48,10 @@ def main(
         elif text:
             try:
                 _answer(conversation, text, console)
+                if conversation.full:
+                    notes.print(
+                        f"the context of {runtime.max_context} is full: the answer ends there (/reset)", style="red"
+                    )
             except ThriftyError as error:
                 notes.print(f"error: {error} (or /reset)", style="red", markup=False, soft_wrap=True)
 

@@ -54,5 +54,7 @@ def main(
         print(piece, end="", flush=True)
     print()
     seconds = time.perf_counter() - begun
+    if count == runtime.room(prompt):
+        print(f"the context of {runtime.max_context} is full, and the text ends there", file=sys.stderr)
     drafts = f", {drafting.accepted} of {drafting.proposed} drafted tokens accepted" if options.draft else ""
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens/s{drafts}", file=sys.stderr)

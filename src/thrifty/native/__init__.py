@@ -5,6 +5,7 @@ through `thrifty.spec`: correct, and slow; `available()` and `info()` say so.
 """
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,16 @@ def detected_isas() -> tuple[str, ...]:
     return _library.isa_names(library, library and library.isa_detected())
 
 
+def refused_isas() -> tuple[str, ...]:
+    """Instruction sets in this build that the processor has and the system does not grant: 'amx', or none."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return ()
+    has = "amx" in built_isas() and {"amx_tile", "amx_int8"} <= set(flags)
+    return ("amx",) if has and "amx" not in detected_isas() else ()
+
+
 def select_isa(name: str | None) -> None:
     """Uses the named instruction set in this process from now on, or the best for None.
 
@@ -106,6 +117,7 @@ def info() -> dict[str, Any]:
         "isa": isa(),
         "built": built_isas(),
         "detected": detected_isas(),
+        "refused": refused_isas(),
         "threads": default_threads(),
         "cpu_threads": cpu_threads(),
     }
@@ -143,6 +155,7 @@ __all__ = [
     "quantize_into",
     "quantize_per_token",
     "read_bandwidth",
+    "refused_isas",
     "repack",
     "rms_norm",
     "select_isa",

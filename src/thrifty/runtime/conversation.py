@@ -13,7 +13,7 @@ class Conversation:
         self, runtime: Runtime, system: str | None = None, prompt_cache: str | Path | None = None, **options
     ) -> None:
         """system: a first message that sets the tone; prompt_cache: a file, as in `Runtime.stream_tokens`, that the
-        first answer of a conversation uses and makes; options: those of `Runtime.stream`."""
+        first answer of a conversation uses and makes; options: those of `Runtime.stream_tokens`."""
         self._runtime = runtime
         self._system = system
         self._prompt_cache = prompt_cache
@@ -25,6 +25,8 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         if self._system:
             self.messages.append({"role": "system", "content": self._system})
+        #: Whether the last answer ended where the context did.
+        self.full = False
         self._cache = self._runtime.new_cache()
 
     def ask(self, text: str) -> Generator[str, None, None]:
@@ -33,8 +35,9 @@ class Conversation:
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt, stops = self._runtime.chat_prompt(asked)
         file = None if len(self._cache) else self._prompt_cache
-        stream = self._runtime.stream(prompt, stop=stops, cache=self._cache, prompt_cache=file, **self._options)
-        return self._answer(asked, stream)
+        tokens = self._runtime.stream_tokens(prompt, cache=self._cache, prompt_cache=file, **self._options)
+        self.full = False
+        return self._answer(asked, self._runtime.text_of(self._counted(tokens, self._runtime.room(prompt)), stops))
 
     def _answer(self, asked: list[dict[str, str]], stream: Iterator[str]) -> Generator[str, None, None]:
         answer = ""
@@ -44,3 +47,8 @@ class Conversation:
                 yield piece
         finally:
             self.messages = [*asked, {"role": "assistant", "content": answer.strip()}]
+
+    def _counted(self, tokens: Iterator[int], room: int) -> Iterator[int]:
+        for count, token in enumerate(tokens, 1):
+            self.full = count == room
+            yield token

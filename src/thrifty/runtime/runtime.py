@@ -1,4 +1,5 @@
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from tokenizers import Tokenizer
 
 from thrifty import native
 from thrifty.checkpoint import DecoderConfig, Folder, open_folder
-from thrifty.errors import ThriftyError
+from thrifty.errors import ThriftyError, ThriftyWarning
 from thrifty.runtime.cache import Cache, shared_prefix
 from thrifty.runtime.chat_template import PLAIN_CHAT_STOPS, chosen_template, render_chat
 from thrifty.runtime.decoder import CACHE_DTYPES, Decoder, make_decoder
@@ -39,7 +40,8 @@ def load(
     faster. n_threads: by default the physical cores this process may use, or THRIFTY_NUM_THREADS. max_context:
     positions a sequence may have, by default the model's. head_bits: the output head at 8 or 4 bits, or None for as it
     is stored. cache_bits: keys and values as float32, float16 or 8-bit integers with a scale per position and head.
-    With the defaults the runtime computes what torch does; fewer bits are faster and move the logits a little.
+    With the defaults the runtime computes what torch does; fewer bits are faster and move the logits a little. Warns
+    where there are more threads than processors.
     Raises ThriftyError where the folder or an option is invalid.
     """
     folder = open_folder(path)
@@ -58,6 +60,13 @@ def load(
     if cache_bits not in CACHE_DTYPES:
         raise ThriftyError(f"[load] cache_bits must be one of {', '.join(map(str, CACHE_DTYPES))}; got {cache_bits!r}")
     threads = n_threads or native.default_threads()
+    if threads > native.cpu_threads():
+        warnings.warn(
+            f"[load] n_threads is best at most {native.cpu_threads()}, the processors of this process; got {threads}; "
+            "results are the same, and slower",
+            ThriftyWarning,
+            stacklevel=2,
+        )
     context = max_context or limit
     try:
         decoder = make_decoder(folder, weight_format, threads, context, head_bits, cache_bits)
@@ -196,6 +205,10 @@ class Runtime:
         for start in range(0, len(runs), most):
             self._run_together(runs[start : start + most])
         return [run.made for run in runs]
+
+    def room(self, prompt: str | Sequence[int]) -> int:
+        """Tokens that may follow a prompt: the last one is returned, not read, and needs no position."""
+        return self.max_context - len(self._prompt(prompt)) + 1
 
     def new_cache(self) -> Cache:
         """A cache for the whole context, for calls that share a prefix (the turns of a chat)."""
@@ -378,8 +391,7 @@ class Runtime:
         return min(self._defaults.eos, default=None)
 
     def _room(self, tokens: list[int], max_new_tokens: int | None) -> int:
-        # The last token is returned, not read: it needs no position.
-        room = self.max_context - len(tokens) + 1
+        room = self.room(tokens)
         if max_new_tokens is None:
             return min(self._defaults.max_new_tokens, room)
         if max_new_tokens < 0:
