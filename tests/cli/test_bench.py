@@ -98,6 +98,15 @@ def test_a_context_that_was_not_read_is_finite_and_kept(folder, monkeypatch, nat
             _library.load.cache_clear()
 
 
+@pytest.mark.skipif(not native.available(), reason="numpy has no ops to time")
+def test_a_step_is_its_ops_and_a_rest(folder):
+    timer = Timer(load(folder, n_threads=1))
+    assert 0 < timer.overhead(32) < 1
+    # The clock is off again.
+    times, _ = timer.decode(32, seconds=0)
+    assert len(times) == measure.STEPS
+
+
 def test_the_cache_has_a_size():
     assert last_level_cache() >= 1 << 18
 

@@ -133,7 +133,7 @@ class Timer:
     """Times the steps of a runtime at any context, without reading that many tokens first."""
 
     def __init__(self, runtime: "Runtime") -> None:
-        self._decoder = runtime._decoder
+        self._decoder: Any = runtime._decoder
         self._rng = np.random.default_rng(0)
         #: Caches of the sequences of a batch, and the positions of each that hold keys and values.
         self._caches: list[Any] = []
@@ -168,6 +168,27 @@ class Timer:
                 times.append(time.perf_counter() - start)
         positions = context - (steps - 1) / 2
         return times, self._decoder.bytes_per_token + batch * positions * self.cache_bytes
+
+    def overhead(self, context: int) -> float:
+        """Share of a greedy step that is in none of its native ops: the call, Python, the choice of the token.
+
+        Of several threads, the waiting of the first counts as work. Only with the native library.
+        """
+        program, sums = self._decoder._program, []
+        times, _ = self.decode(context)
+        run = program.run
+
+        def timed(*args: Any, **options: Any) -> None:
+            run(*args, timed=True, **options)
+            sums.append(program.seconds.sum())
+
+        # The clock is read in runs of its own, so that its cost is in no step that counts.
+        program.run = timed
+        try:
+            self.decode(context)
+        finally:
+            del program.run
+        return 1 - float(np.median(sums)) / float(np.median(times))
 
     def prefill(self, prompt: int) -> float:
         """Seconds to read a prompt of random tokens, up to the logits after it."""

@@ -111,6 +111,10 @@ class Session:
         times, nbytes = self._timer.decode(context, batch, seconds)
         return {"seconds": times, "bytes": nbytes}
 
+    def overhead(self, context: int) -> float:
+        """Share of a step that is in none of its native ops."""
+        return self._timer.overhead(context)
+
     def prefill(self, prompt: int) -> float:
         """Seconds to read a prompt."""
         return self._timer.prefill(prompt)
