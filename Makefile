@@ -4,14 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test bench lint format clean
+.PHONY: setup demo test test-sanitize test-peers bench lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   install thrifty and its tools into $(VENV)"
 	@echo "make demo    train, pack and run a small ternary model (five minutes of training at most, and a minute or two around it)"
 	@echo "make test    run the tests"
-	@echo "make bench   time every kernel and the whole decode beside the machine's read bandwidth"
+	@echo "make test-sanitize   run the native ops under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make test-peers   install llama.cpp and litespark (compiled for minutes), and check and time the runtime beside them"
+	@echo "make bench   time every kernel and the runtime beside what the machine could do at best"
 	@echo "make lint    formatters, linters and the type checker"
 	@echo "make format  apply the formatters"
 
@@ -27,6 +29,17 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+test-sanitize: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/sanitize.py
+
+test-peers: $(VENV)/.peers
+	$(BIN)/python -m pytest -m peers tests/benchmarks
+	$(BIN)/python benchmarks/runtime_vs_peers.py --shape demo --rounds 3
+
+$(VENV)/.peers: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,peers]'
+	touch $@
 
 bench: setup
 	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

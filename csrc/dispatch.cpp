@@ -14,6 +14,8 @@ namespace {
 // Bytes of weights, times rows of x, and elements of x below which a thread more does not pay.
 constexpr size_t kMatmulGrain = 32 << 10;
 constexpr size_t kQuantizeGrain = 16 << 10;
+// Turns of products between two looks at the clock.
+constexpr uint64_t kPeakTurns = 4096;
 
 #define THRIFTY_MATMULS(isa, base3_isa) \
   {isa::matmul_i2, base3_isa::matmul_base3, nullptr, isa::matmul_i8, isa::matmul_i4}
@@ -21,31 +23,44 @@ constexpr size_t kQuantizeGrain = 16 << 10;
   isa::float_matmul, isa::rope_cache, isa::attend, isa::attend_chunk, isa::merge_chunks, isa::glu, \
       isa::product_key_experts
 
-constexpr Kernels kGeneric = {THRIFTY_MATMULS(generic, generic), generic::quantize, generic::rms_norm,
-                              THRIFTY_STEP(generic), generic::read};
+constexpr Kernels kGeneric = {THRIFTY_MATMULS(generic, generic),
+                              generic::quantize,
+                              generic::rms_norm,
+                              THRIFTY_STEP(generic),
+                              generic::read,
+                              generic::multiply};
 #if defined(THRIFTY_BUILD_NEON)
 // Heads and the float ops are plain C++ there, which compilers vectorise.
 constexpr Kernels kNeon = {{neon::matmul_i2, neon::matmul_base3, nullptr, generic::matmul_i8, generic::matmul_i4},
                            neon::quantize,
                            neon::rms_norm,
                            THRIFTY_STEP(generic),
-                           generic::read};
+                           generic::read,
+                           neon::multiply};
 #endif
 #if defined(THRIFTY_BUILD_AVX2)
-constexpr Kernels kAvx2 = {THRIFTY_MATMULS(avx2, avx2), avx2::quantize, avx2::rms_norm, THRIFTY_STEP(avx2),
-                           generic::read};
+constexpr Kernels kAvx2 = {THRIFTY_MATMULS(avx2, avx2), avx2::quantize, avx2::rms_norm,
+                           THRIFTY_STEP(avx2),          generic::read,  avx2::multiply};
 #endif
 #if defined(THRIFTY_BUILD_AVX512)
-constexpr Kernels kAvx512 = {THRIFTY_MATMULS(avx512, avx512), avx512::quantize, avx512::rms_norm, THRIFTY_STEP(avx512),
-                             avx512::read};
+constexpr Kernels kAvx512 = {THRIFTY_MATMULS(avx512, avx512),
+                             avx512::quantize,
+                             avx512::rms_norm,
+                             THRIFTY_STEP(avx512),
+                             avx512::read,
+                             avx512::multiply};
 #endif
 #if defined(THRIFTY_BUILD_AVX512_VBMI)
-constexpr Kernels kAvx512Vbmi = {THRIFTY_MATMULS(avx512, avx512_vbmi), avx512::quantize, avx512::rms_norm,
-                                 THRIFTY_STEP(avx512), avx512::read};
+constexpr Kernels kAvx512Vbmi = {THRIFTY_MATMULS(avx512, avx512_vbmi),
+                                 avx512::quantize,
+                                 avx512::rms_norm,
+                                 THRIFTY_STEP(avx512),
+                                 avx512::read,
+                                 avx512::multiply};
 #endif
 #if defined(THRIFTY_BUILD_AMX)
-constexpr Kernels kAmx = {THRIFTY_MATMULS(amx, amx), avx512::quantize, avx512::rms_norm, THRIFTY_STEP(avx512),
-                          avx512::read};
+constexpr Kernels kAmx = {THRIFTY_MATMULS(amx, amx), avx512::quantize, avx512::rms_norm,
+                          THRIFTY_STEP(avx512),      avx512::read,     amx::multiply};
 #endif
 
 struct Isa {
@@ -213,5 +228,35 @@ int thrifty_read_bandwidth(const void* buffer, size_t bytes, int loop, int n_thr
   });
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
   *bytes_per_second = double(bytes / 64 * 64) / elapsed.count();
+  return THRIFTY_OK;
+}
+
+int thrifty_int8_peak(int n_threads, double seconds, double* ops_per_second) {
+  if (!(seconds > 0) || !ops_per_second) return THRIFTY_BAD_ARGUMENT;
+  using Clock = std::chrono::steady_clock;
+  struct Context {
+    uint64_t (*multiply)(uint64_t turns, uint32_t* sink);
+    Clock::time_point end;
+    std::atomic<uint64_t> products{0};
+    std::atomic<uint32_t> sink{0};
+  } context;
+  context.multiply = kernels().multiply;
+  const auto start = Clock::now();
+  context.end = start + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+  const int threads = n_threads < 1 ? 1 : n_threads > kMostThreads ? kMostThreads : n_threads;
+  run_parts(
+      threads, 1,
+      [](const void* pointer, int, int) {
+        auto& c = *static_cast<Context*>(const_cast<void*>(pointer));
+        uint64_t products = 0;
+        uint32_t sink = 0;
+        do products += c.multiply(kPeakTurns, &sink);
+        while (Clock::now() < c.end);
+        c.products += products;
+        c.sink ^= sink;
+      },
+      &context);
+  const std::chrono::duration<double> elapsed = Clock::now() - start;
+  *ops_per_second = 2.0 * double(context.products) / elapsed.count();
   return THRIFTY_OK;
 }

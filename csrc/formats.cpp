@@ -73,11 +73,14 @@ int pack_tiles(const FormatFacts& f, size_t rows, size_t cols, const int8_t* cod
 
 int unpack_tiles(const FormatFacts& f, size_t rows, size_t cols, const uint8_t* packed, int8_t* codes) {
   const size_t blocks = round_up(cols, f.col_multiple) / f.col_multiple;
+  unsigned byte_values = 1;  // 243 of the 256 in base 3
+  for (size_t digit = 0; digit < f.codes_per_byte; ++digit) byte_values *= f.radix;
   for (size_t row = 0; row < rows; ++row) {
     const uint8_t* lane = packed + row / 16 * blocks * 64 + row % 16 * 4;
     for (size_t col = 0; col < cols; ++col) {
       const size_t in_block = col % f.col_multiple;
       unsigned value = lane[col / f.col_multiple * 64 + in_block % 4];
+      if (value >= byte_values) return THRIFTY_BAD_CODE;
       for (size_t digit = in_block / 4; digit > 0; --digit) value /= f.radix;
       const int digit = int(value % f.radix);
       if (digit > 2 * f.offset) return THRIFTY_BAD_CODE;

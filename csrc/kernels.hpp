@@ -139,6 +139,8 @@ struct Kernels {
   void (*glu)(const float* gate, const float* up, int activation, size_t count, float* y);
   void (*product_key_experts)(const ProductKeyExperts&, size_t first_row, size_t end_row);
   uint64_t (*read)(const void* bytes, size_t count, int loop);
+  /// Multiplies bytes and adds the products, in registers alone, and returns how many; the sums go into the sink.
+  uint64_t (*multiply)(uint64_t turns, uint32_t* sink);
 };
 
 /// Of the instruction set in use.
@@ -166,6 +168,10 @@ const Kernels& kernels();
   void quantize(const TokenRows& rows, size_t first, size_t end); \
   void rms_norm(const TokenRows& rows, size_t first, size_t end); \
   }
+#define THRIFTY_PEAK(isa)                            \
+  namespace isa {                                    \
+  uint64_t multiply(uint64_t turns, uint32_t* sink); \
+  }
 
 THRIFTY_MATMUL(generic)
 THRIFTY_MATMUL(neon)
@@ -188,9 +194,15 @@ uint64_t read(const void* bytes, size_t count, int loop);
 namespace avx512 {
 uint64_t read(const void* bytes, size_t count, int loop);
 }
+THRIFTY_PEAK(generic)
+THRIFTY_PEAK(neon)
+THRIFTY_PEAK(avx2)
+THRIFTY_PEAK(avx512)
+THRIFTY_PEAK(amx)
 
 #undef THRIFTY_MATMUL
 #undef THRIFTY_QUANTIZE
+#undef THRIFTY_PEAK
 #undef THRIFTY_STEP
 
 }  // namespace thrifty

@@ -21,7 +21,7 @@ extern "C" {
 #endif
 
 /* Raised when a signature below changes; the loader refuses any other number. */
-#define THRIFTY_ABI_VERSION 3
+#define THRIFTY_ABI_VERSION 5
 
 enum thrifty_status {
   THRIFTY_OK = 0,
@@ -128,6 +128,9 @@ THRIFTY_API int thrifty_product_key_experts(const float* x, const int64_t* indic
  * The buffer is cut between threads as a matrix is. */
 THRIFTY_API int thrifty_read_bandwidth(const void* buffer, size_t bytes, int loop, int n_threads,
                                        double* bytes_per_second);
+/* Operations a second, two for each product, of the best int8 product of the instruction set in use (tiles of AMX,
+ * vpdpbusd, vpmaddubsw, smlal) on operands in registers, for about `seconds`. */
+THRIFTY_API int thrifty_int8_peak(int n_threads, double seconds, double* ops_per_second);
 /* Drops a buffer from the processor's caches where it has an instruction for that, so that the next reading is timed
  * from memory. */
 THRIFTY_API void thrifty_cache_evict(const void* buffer, size_t bytes);
@@ -158,6 +161,12 @@ typedef struct thrifty_slot {
   int64_t capacity;
 } thrifty_slot;
 THRIFTY_API size_t thrifty_cache_size(int dtype, int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t capacity);
+/* The first `count` positions of a cache as plain arrays, or with `into` from those arrays into the cache. k, v:
+ * [layers, kv_heads, count, head_dim] of dtype, as stored; k_scales, v_scales: float [layers, kv_heads, count] of INT8,
+ * else NULL. */
+THRIFTY_API int thrifty_cache_copy(int dtype, int64_t layers, int64_t kv_heads, int64_t head_dim,
+                                   const thrifty_slot* cache, int64_t count, void* k, void* v, float* k_scales,
+                                   float* v_scales, int into);
 
 /* The rows of a step: one of each of several sequences, a stretch of one, or both. Rows of a sequence are adjacent and
  * in order. `outputs`: rows that go on after an op with THRIFTY_GATHER. */

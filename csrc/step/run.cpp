@@ -323,6 +323,13 @@ class Runner {
 
 void run_part(const void* context, int part, int) { Runner(*static_cast<const Step*>(context), size_t(part)).run(); }
 
+bool valid_epilogue(const thrifty_op& op) { return op.n[6] <= THRIFTY_GATE_UP && op.n[7] <= THRIFTY_RELU2; }
+
+bool valid_heads(const thrifty_op& op) {
+  const bool dtype = op.n[4] == THRIFTY_F32 || op.n[4] == THRIFTY_F16 || op.n[4] == THRIFTY_INT8;
+  return op.n[1] > 0 && op.n[0] % op.n[1] == 0 && op.n[2] > 0 && dtype && op.p[0] && op.p[1] && op.p[2];
+}
+
 bool valid_op(const thrifty_op& op) {
   for (int64_t n : op.n) {
     if (n < 0) return false;
@@ -332,14 +339,13 @@ bool valid_op(const thrifty_op& op) {
     case THRIFTY_OP_QUANTIZE: return op.p[0] && op.p[2] && op.p[3] && op.n[2] >= op.n[0] && op.n[0] > 0;
     case THRIFTY_OP_RMS_NORM: return op.p[0] && op.p[2] && op.n[0] > 0;
     case THRIFTY_OP_MATMUL:
-      return valid_format(int(op.n[0])) && op.n[0] != THRIFTY_ROW_BLOCK && valid_shape(op.n[1], op.n[2]) &&
+      return op.n[0] < THRIFTY_FORMAT_COUNT && op.n[0] != THRIFTY_ROW_BLOCK && valid_shape(op.n[1], op.n[2]) &&
              op.n[2] <= kFormats[op.n[0]].most_cols &&
-             op.n[3] >= int64_t(round_up(size_t(op.n[2]), kFormats[op.n[0]].col_multiple)) && op.p[0] && op.p[1] &&
-             op.p[3] && op.p[4] && op.p[5];
-    case THRIFTY_OP_FLOAT_MATMUL: return op.n[0] <= THRIFTY_F16 && op.p[0] && op.p[3] && op.p[5];
-    case THRIFTY_OP_ROPE_CACHE:
-      return op.n[1] > 0 && op.n[0] % op.n[1] == 0 && op.n[2] % 2 == 0 && op.p[0] && op.p[1] && op.p[2];
-    case THRIFTY_OP_ATTENTION: return op.n[1] > 0 && op.n[0] % op.n[1] == 0 && op.p[0] && op.p[1] && op.p[2];
+             op.n[3] >= int64_t(round_up(size_t(op.n[2]), kFormats[op.n[0]].col_multiple)) && valid_epilogue(op) &&
+             op.p[0] && op.p[1] && op.p[3] && op.p[4] && op.p[5];
+    case THRIFTY_OP_FLOAT_MATMUL: return op.n[0] <= THRIFTY_F16 && valid_epilogue(op) && op.p[0] && op.p[3] && op.p[5];
+    case THRIFTY_OP_ROPE_CACHE: return valid_heads(op) && op.n[2] % 2 == 0;
+    case THRIFTY_OP_ATTENTION: return valid_heads(op);
     default: return false;
   }
 }

@@ -1,3 +1,5 @@
+#include "../amx.hpp"
+
 #include "avx512_vbmi.hpp"
 
 namespace thrifty {
@@ -12,21 +14,6 @@ constexpr size_t kCols = 640;
 /// Rows of x, at most, for which weights are decoded once, and bytes of them that stay in the second cache.
 constexpr size_t kMostTokens = 256;
 constexpr size_t kMostBytes = size_t{1} << 20;
-
-/// Every register is a full tile. Constant, because GCC 12 declares only 8 bytes as read by the instruction and may
-/// drop stores to the others.
-struct alignas(64) Config {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-constexpr Config kConfig;
-static_assert(sizeof(Config) == 64, "as the processor reads it");
-
-/// Tile loads are assembly that does not say what it reads.
-inline void publish(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
 
 /// Sixteen rows of x and sixteen of y.
 struct Sums {
@@ -95,7 +82,7 @@ class Tiles {
   explicit Tiles(const TernaryMatmul& m) : m_(m), cols_(m.blocks * kBlockCols) {}
 
   void run(size_t first, size_t end) {
-    _tile_loadconfig(&kConfig);
+    _tile_loadconfig(&kTileConfig);
     const size_t chunk = chunk_tokens();
     for (token_ = 0; token_ < m_.n; token_ += chunk) {
       count_ = m_.n - token_ < chunk ? m_.n - token_ : chunk;

@@ -21,13 +21,7 @@ struct Base3 {
 
   template <bool kScaled>
   static void digits(__m512i block, __m512i* out) {
-    const __m512i c81 = _mm512_set1_epi8(81), c162 = _mm512_set1_epi8(char(162));
-    const __mmask64 one = _mm512_cmpge_epu8_mask(block, c81);
-    const __mmask64 two = _mm512_cmpge_epu8_mask(block, c162);
-    const __m512i fifth = _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(one, c81), two, c162);
-    const __m512i r = _mm512_sub_epi8(block, fifth);
-    out[4] = kScaled ? fifth
-                     : _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(one, _mm512_set1_epi8(1)), two, _mm512_set1_epi8(2));
+    const __m512i r = take_fifth<kScaled>(block, out + 4);
 
     // r / 9 = r * 57 >> 9 for r < 81, in the even and the odd bytes.
     const __m512i even = _mm512_srli_epi16(_mm512_maddubs_epi16(r, _mm512_set1_epi16(57)), 9);

@@ -18,7 +18,7 @@ struct Table {
 
 alignas(64) constexpr Table kTable;
 
-/// byte = 81 d4 + r: two compares give 81 d4, one permute over 128 entries turns r into its digits.
+/// byte = 81 d4 + r: one permute over 128 entries turns r into its digits.
 struct Base3 {
   static constexpr int kDigits = 5;
   static constexpr int kBits = 2;
@@ -26,19 +26,13 @@ struct Base3 {
 
   template <bool kScaled>
   static void digits(__m512i block, __m512i* out) {
-    const __m512i c81 = _mm512_set1_epi8(81), c162 = _mm512_set1_epi8(char(162));
-    const __mmask64 one = _mm512_cmpge_epu8_mask(block, c81);
-    const __mmask64 two = _mm512_cmpge_epu8_mask(block, c162);
-    const __m512i fifth = _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(one, c81), two, c162);
-    const __m512i r = _mm512_sub_epi8(block, fifth);
+    const __m512i r = take_fifth<kScaled>(block, out + 4);
     const __m512i fields =
         _mm512_permutex2var_epi8(_mm512_load_si512(kTable.fields), r, _mm512_load_si512(kTable.fields + 64));
     out[0] = field<0, kScaled>(fields);
     out[1] = field<1, kScaled>(fields);
     out[2] = field<2, kScaled>(fields);
     out[3] = field<3, kScaled>(fields);
-    out[4] = kScaled ? fifth
-                     : _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(one, _mm512_set1_epi8(1)), two, _mm512_set1_epi8(2));
   }
 };
 

@@ -36,6 +36,16 @@ def test_bits_are_the_runtimes(path, monkeypatch, capsys):
     assert "cache_bits must be one of 32, 16, 8; got 3" in capsys.readouterr().err
 
 
+def test_a_prompt_cache_is_made_and_used(path, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "prompt"
+    command = [str(path), "--system", "S" * 50, "-n", "9"]
+    expected, _ = chat(monkeypatch, capsys, command, "hi\nagain\n")
+    for _ in range(2):
+        out, _ = chat(monkeypatch, capsys, [*command, "--prompt-cache", str(file)], "hi\nagain\n")
+        assert out == expected
+        assert file.is_file()
+
+
 def test_commands(path, monkeypatch, capsys):
     conversation = Conversation(load(path, head_bits=8, cache_bits=16), max_new_tokens=9)
     answer = "".join(conversation.ask("hi"))
@@ -50,6 +60,14 @@ def test_a_conversation_that_fills_the_context_goes_on(path, monkeypatch, capsys
     out, err = chat(monkeypatch, capsys, [str(path), "--context", "100", "-n", "4"], lines)
     assert "shorten it" in err
     assert out.strip() != ""
+
+
+def test_an_answer_that_the_context_cuts_says_so(path, monkeypatch, capsys):
+    out, err = chat(monkeypatch, capsys, [str(path), "--context", "40"], "hi\n/reset\nhi\n")
+    assert out.strip() != ""
+    assert err.count("the context of 40 is full: the answer ends there") == 2
+    _, err = chat(monkeypatch, capsys, [str(path), "--context", "40", "-n", "3"], "hi\n")
+    assert "full" not in err
 
 
 def test_a_template_without_jinja_ends_at_once(tmp_path, monkeypatch, capsys):

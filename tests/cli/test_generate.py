@@ -1,8 +1,10 @@
 import io
+import warnings
 
 import pytest
 from tiny_checkpoints import write_checkpoint
 
+from thrifty import native
 from thrifty.cli import main
 from thrifty.runtime import load
 
@@ -34,6 +36,51 @@ def test_prompt_from_standard_input(path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
     assert main(["generate", str(path), "-", "-n", "5"]) == 0
     assert capsys.readouterr().out == load(path, head_bits=8, cache_bits=16).generate("hello", max_new_tokens=5) + "\n"
+
+
+def test_drafts_change_the_report_alone(path, capsys):
+    command = ["generate", str(path), "ab ab ab ab ab", "-n", "60"]
+    assert main(command) == 0
+    expected = capsys.readouterr()
+    assert main([*command, "--draft", "5"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == expected.out
+    assert "drafted tokens accepted" not in expected.err
+    assert "drafted tokens accepted" in printed.err
+
+
+def test_a_text_that_the_context_cuts_says_so(path, capsys):
+    prompt = "hello"
+    assert main(["generate", str(path), prompt, "--context", "20"]) == 0
+    assert "the context of 20 is full, and the text ends there\n" in capsys.readouterr().err
+    assert main(["generate", str(path), prompt, "--context", "20", "-n", "15"]) == 0
+    assert "full" not in capsys.readouterr().err
+
+
+def test_more_threads_than_processors_warn_once_and_change_nothing(path, capsys):
+    assert main(["generate", str(path), "hello", "-n", "9"]) == 0
+    expected = capsys.readouterr().out
+    many = native.cpu_threads() + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["generate", str(path), "hello", "-n", "9", "--threads", str(many)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == expected
+    lines = [line for line in printed.err.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == 1
+    assert f"got {many}; results are the same, and slower" in lines[0]
+
+
+def test_a_prompt_cache_is_made_and_used(path, capsys, tmp_path):
+    file = tmp_path / "prompt"
+    command = ["generate", str(path), "hello hello", "-n", "9"]
+    assert main(command) == 0
+    expected = capsys.readouterr().out
+    for _ in range(2):
+        assert main([*command, "--prompt-cache", str(file)]) == 0
+        assert capsys.readouterr().out == expected
+    assert main([*command, "--prompt-cache", str(file), "--cache-bits", "8"]) == 2
+    assert "it has 16 bits and the runtime 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,8 @@ def test_wrong_codes_are_refused_wherever_they_stand(fmt, code):
 def test_wrong_bytes_are_refused():
     with pytest.raises(ThriftyError, match=r"\[unpack\]"):
         native.unpack("i2", np.full(64, 0xFF, np.uint8), 16, 16)
+    with pytest.raises(ThriftyError, match=r"\[unpack\]"):
+        native.unpack("base3", np.full(64, 243, np.uint8), 16, 20)
     with pytest.raises(ThriftyError, match="take 64 bytes; got 63"):
         native.unpack("i2", np.zeros(63, np.uint8), 16, 16)
     with pytest.raises(ThriftyError, match="format must be one of"):
@@ -178,3 +180,56 @@ def test_read_bandwidth_reads_with_every_loop():
         assert native.read_bandwidth(buffer, loop, 2) > 0
     with pytest.raises(ThriftyError, match=r"\[read_bandwidth\]"):
         native.read_bandwidth(buffer, 3, 1)
+
+
+@needs_library
+def test_int8_peak_of_every_instruction_set():
+    peaks = {}
+    for isa in native.detected_isas():
+        native.select_isa(isa)
+        peaks[isa] = max(native.int8_peak(1, 0.01) for _ in range(3))
+        assert native.int8_peak(3, 1e-6) > 0
+    native.select_isa(None)
+    assert peaks["generic"] == min(peaks.values()) > 0
+    with pytest.raises(ThriftyError, match=r"\[int8_peak\]"):
+        native.int8_peak(1, 0.0)
+
+
+#: Refuses arch_prctl(ARCH_REQ_XCOMP_PERM), by which a process asks Linux for the tiles of AMX, as a sandbox may.
+REFUSE_TILES = """
+import ctypes, struct
+libc = ctypes.CDLL(None)
+class Program(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_ushort), ("code", ctypes.c_void_p)]
+load, equal, answer, arch_prctl, request, refuse, allow = 0x20, 0x15, 0x06, 158, 0x1023, 0x50001, 0x7FFF0000
+lines = [(load, 0, 0, 0), (equal, 0, 3, arch_prctl), (load, 0, 0, 16), (equal, 0, 1, request), (answer, 0, 0, refuse)]
+code = b"".join(struct.pack("HBBI", *line) for line in [*lines, (answer, 0, 0, allow)])
+buffer = ctypes.create_string_buffer(code, len(code))
+no_new_privileges, set_filter, by_program = 38, 22, 2
+if libc.prctl(no_new_privileges, 1, 0, 0, 0) or libc.prctl(
+    set_filter, by_program, ctypes.byref(Program(len(code) // 8, ctypes.addressof(buffer))), 0, 0
+):
+    raise SystemExit("no filter")
+"""
+
+
+@pytest.mark.skipif("amx" not in native.detected_isas(), reason="this system grants no tiles to refuse")
+def test_without_permission_for_tiles_the_products_are_the_same():
+    code = """
+import numpy as np
+from thrifty import native
+from thrifty.cli import main
+rng = np.random.default_rng(0)
+x, codes = rng.integers(-127, 128, (40, 320), np.int8), rng.integers(-1, 2, (96, 320), np.int8)
+matrix = native.PackedMatrix.from_codes(codes, "base3")
+y = matrix.matmul(np.pad(x, ((0, 0), (0, matrix.width - 320))), np.ones(40, np.float32), 1.0)
+print(native.isa(), (y == x.astype(int) @ codes.T.astype(int)).all(), native.refused_isas())
+main(["info"])
+"""
+    result = python(REFUSE_TILES + code)
+    if result.stderr.strip() == "no filter":
+        pytest.skip("the system takes no filter")
+    first, *info = result.stdout.splitlines()
+    assert first == f"{native.built_isas()[-2]} True ('amx',)"
+    assert any(line.split() == ["refused", "by", "the", "system", "amx"] for line in info)
+    assert native.refused_isas() == ()

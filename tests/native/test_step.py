@@ -349,3 +349,32 @@ def test_repack_refuses_a_digit_without_a_code():
     bad = np.full((4, 16), 0b11, np.uint8)
     with pytest.raises(ThriftyError, match="none of the codes of its format"):
         native.repack("i2", bad, 16, np.zeros((1, 1, 64), np.uint8), 0, 1, 1)
+
+
+@pytest.mark.parametrize(("dtype", "storage"), [("F32", np.float32), ("F16", np.float16), ("I8", np.int8)])
+@pytest.mark.parametrize(("head_dim", "count"), [(2, 1), (48, 63), (20, 65), (16, 128)])
+def test_positions_of_a_cache_come_back_from_plain_arrays(dtype, storage, head_dim, count):
+    rng, shape = np.random.default_rng(0), (3, 2, count, head_dim)
+    k, v = (rng.integers(-100, 100, shape).astype(storage) for _ in range(2))
+    scales = (rng.random(shape[:3], np.float32), rng.random(shape[:3], np.float32)) if dtype == "I8" else None
+    capacity = 128
+    nbytes = native.cache_nbytes(dtype, 3, 2, head_dim, capacity)
+    memory = native.aligned_empty(nbytes + GUARD)
+    memory[:] = 77
+    place = memory.ctypes.data, capacity
+    native.cache_copy(dtype, place, k, v, scales, into=True)
+    back = (np.zeros_like(k), np.zeros_like(v))
+    back_scales = (np.zeros_like(scales[0]), np.zeros_like(scales[1])) if scales else None
+    native.cache_copy(dtype, place, *back, back_scales, into=False)
+    np.testing.assert_array_equal(back, (k, v))
+    np.testing.assert_array_equal(back_scales or (), scales or ())
+    assert (memory[nbytes:] == 77).all()
+
+
+def test_arrays_that_do_not_fit_a_cache_are_refused():
+    memory = native.aligned_empty(native.cache_nbytes("F32", 1, 2, 4, 64))
+    place, k = (memory.ctypes.data, 64), np.zeros((1, 2, 65, 4), np.float32)
+    narrow = k.astype(np.float16)
+    for keys, values in ((k, k), (k[:, :, :3], k[:, :, :3]), (k, k[:, :, :3].copy()), (narrow, narrow)):
+        with pytest.raises(ThriftyError, match="step"):
+            native.cache_copy("F32", place, keys, values, None, into=True)

@@ -12,6 +12,8 @@ import pytest
 from tiny_checkpoints import write_checkpoint
 
 from thrifty import ThriftyError, native, spec
+from thrifty.errors import ThriftyWarning
+from thrifty.native._library import FORMAT_IDS
 from thrifty.runtime import Conversation, load
 from thrifty.runtime.projection import Head
 
@@ -82,21 +84,20 @@ def test_thread_counts_give_the_same_bits(path, weight_format):
 
 @pytest.mark.skipif(not native.available(), reason="nothing to measure")
 def test_the_format_is_chosen_by_timing_both(path, monkeypatch):
-    from thrifty.runtime import weights
-
-    config = load(path).config
-    assert weights.fastest_format(config, 1) in ("i2", "base3")
+    chosen = load(path, n_threads=2)._decoder.weight_format
+    assert chosen in ("i2", "base3")
+    run = native.Program.run
     for slow, chosen in (("i2", "base3"), ("base3", "i2")):
-        matmul = native.PackedMatrix.matmul
 
-        def delayed(self, *arguments, slow=slow, matmul=matmul, **options):
-            if self.format == slow:
+        def delayed(self, *arguments, slow=FORMAT_IDS[slow], **options):
+            if any(op.code == native.OpCode.MATMUL and op.n[0] == slow for op in self.ops):
                 time.sleep(0.005)
-            return matmul(self, *arguments, **options)
+            assert self.n_threads == 2
+            return run(self, *arguments, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(native.PackedMatrix, "matmul", delayed)
-            assert weights.fastest_format(config, 1) == chosen
+            patch.setattr(native.Program, "run", delayed)
+            assert load(path, n_threads=2)._decoder.weight_format == chosen
 
 
 def test_generation_config_gives_the_defaults(tmp_path):
@@ -176,6 +177,14 @@ def test_tokens_out_of_range_and_empty_prompts(tmp_path, runtime):
     endless = load(write_checkpoint(tmp_path / "model", eos_token_id=None).path)
     with pytest.raises(ThriftyError, match="must have a token"):
         endless.generate("")
+
+
+def test_more_threads_than_processors_warn(path, recwarn):
+    load(path, n_threads=native.cpu_threads())
+    assert not recwarn
+    with pytest.warns(ThriftyWarning, match=f"at most {native.cpu_threads()}, .*; got 500; results are the same"):
+        many = load(path, n_threads=500)
+    np.testing.assert_array_equal(many.logits([1, 2, 3]), load(path).logits([1, 2, 3]))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,14 @@ def test_draws_follow_the_kept_distribution(options, expected):
     assert (got[np.asarray(expected) == 0] == 0).all()
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-3])
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_a_temperature_near_zero_takes_the_best(temperature, top_p):
+    rng = np.random.default_rng(0)
+    for logits in (LOGITS, LOGITS + 1000, LOGITS - 1000):
+        assert sample(logits, rng, temperature, top_p=top_p) == 0
+
+
 def test_a_seed_repeats():
     a, b = (np.random.default_rng(3) for _ in range(2))
     assert [sample(LOGITS, a) for _ in range(20)] == [sample(LOGITS, b) for _ in range(20)]

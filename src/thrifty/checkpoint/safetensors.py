@@ -97,6 +97,12 @@ def open_safetensors(path: str | Path) -> dict[str, Tensor]:
     return {name: _view(path, pages, 8 + size, name, entry) for name, entry in header.items()}
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata in the header of a .safetensors file that `open_safetensors` takes."""
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
+
+
 def save_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write `tensors` atomically, in the given order; the data begin at a multiple of 64 bytes."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}

@@ -6,14 +6,15 @@ docstring of that function is the help, and the module's `EPILOG`, where there i
 
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import thrifty
-from thrifty.errors import ThriftyError
+from thrifty.errors import ThriftyError, ThriftyWarning
 
 #: Name of each subcommand, and its line in `thrifty --help`.
 COMMANDS = {
@@ -21,7 +22,8 @@ COMMANDS = {
     "pack": "Make the small copy of a trained model: two bits per weight.",
     "generate": "Continue a prompt with a packed model.",
     "chat": "Talk with a packed model in the terminal.",
-    "bench": "Time the matrix kernels and the whole decode beside the memory's bandwidth.",
+    "eval": "Say how well a model knows a text, at several numbers of bits.",
+    "bench": "Measure decode, prompts, memory and load beside what the machine could do at best.",
     "info": "Show versions, native code paths, installed extras, and what a model is made of.",
     "demo": "Train, pack and run a small model on the built-in text, and show what was gained.",
 }
@@ -71,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [a for i, a in enumerate(arguments) if not (a == "--debug" and i < len(own))]
     selected = next((a for a in arguments if not a.startswith("-")), None)
     try:
-        typer.main.get_command(application(selected))(args=arguments, prog_name="thrifty")
+        with warnings.catch_warnings():
+            warnings.showwarning = _show(warnings.showwarning)
+            typer.main.get_command(application(selected))(args=arguments, prog_name="thrifty")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if code == 130:
@@ -122,6 +126,18 @@ def describe(problem: Exception) -> str | None:
         what = " ".join(str(problem).split()) or "no more could be had"
         return f"the memory does not suffice: {what}; choose a smaller model, batch or context"
     return None
+
+
+def _show(others: Callable[..., Any]) -> Callable[..., Any]:
+    """How a warning is shown: one of this package is a sentence, like an error."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, ThriftyWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            others(message, category, *place)
+
+    return show
 
 
 def _placeholder() -> Callable[[], None]:

@@ -54,6 +54,8 @@ def installation() -> dict[str, Any]:
         "library": library["library"] or f"none, so numpy is used: {library['reason']}",
         "built": list(library["built"]),
         "detected": list(library["detected"]),
+        # Linux grants the state of AMX tiles on request, and a sandbox may refuse.
+        **({"refused by the system": list(library["refused"])} if library["refused"] else {}),
         "selected": library["isa"],
         "threads": library["threads"],
         "cpu threads": library["cpu_threads"],

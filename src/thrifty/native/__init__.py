@@ -5,6 +5,7 @@ through `thrifty.spec`: correct, and slow; `available()` and `info()` say so.
 """
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from thrifty.native._quantize import quantize_into, quantize_per_token, rms_norm
 from thrifty.native._step import (
     ACTIVATION_IDS,
     CACHE_BLOCK,
+    CACHE_STORAGE,
     DTYPE_IDS,
     NO_FLAGS,
     Epilogue,
@@ -28,6 +30,7 @@ from thrifty.native._step import (
     OpCode,
     OpFlag,
     Program,
+    cache_copy,
     cache_nbytes,
     repack,
 )
@@ -57,6 +60,16 @@ def detected_isas() -> tuple[str, ...]:
     return _library.isa_names(library, library and library.isa_detected())
 
 
+def refused_isas() -> tuple[str, ...]:
+    """Instruction sets in this build that the processor has and the system does not grant: 'amx', or none."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return ()
+    has = "amx" in built_isas() and {"amx_tile", "amx_int8"} <= set(flags)
+    return ("amx",) if has and "amx" not in detected_isas() else ()
+
+
 def select_isa(name: str | None) -> None:
     """Uses the named instruction set in this process from now on, or the best for None.
 
@@ -79,6 +92,17 @@ def read_bandwidth(buffer: np.ndarray, loop: int, n_threads: int) -> float:
     return result.value
 
 
+def int8_peak(n_threads: int, seconds: float = 0.05) -> float:
+    """Operations per second, two for each product, of the best int8 product of the instruction set in use, on operands
+    in registers: what no product of matrices exceeds."""
+    library = _library.load()
+    if library is None:
+        raise ThriftyError("[int8_peak] there is no native library; install with a C++ compiler")
+    result = ctypes.c_double()
+    library.check("int8_peak", library.int8_peak(n_threads, seconds, ctypes.byref(result)))
+    return result.value
+
+
 def cache_evict(buffer: np.ndarray) -> None:
     """Drop a contiguous buffer from the processor's caches, so that its next reading comes from memory."""
     library = _library.load()
@@ -95,6 +119,7 @@ def info() -> dict[str, Any]:
         "isa": isa(),
         "built": built_isas(),
         "detected": detected_isas(),
+        "refused": refused_isas(),
         "threads": default_threads(),
         "cpu_threads": cpu_threads(),
     }
@@ -103,6 +128,7 @@ def info() -> dict[str, Any]:
 __all__ = [
     "ACTIVATION_IDS",
     "CACHE_BLOCK",
+    "CACHE_STORAGE",
     "DTYPE_IDS",
     "KERNEL_FORMATS",
     "NO_FLAGS",
@@ -116,6 +142,7 @@ __all__ = [
     "attention",
     "available",
     "built_isas",
+    "cache_copy",
     "cache_evict",
     "cache_nbytes",
     "cpu_threads",
@@ -123,6 +150,7 @@ __all__ = [
     "detected_isas",
     "glu",
     "info",
+    "int8_peak",
     "isa",
     "kept_until",
     "pack",
@@ -132,6 +160,7 @@ __all__ = [
     "quantize_into",
     "quantize_per_token",
     "read_bandwidth",
+    "refused_isas",
     "repack",
     "rms_norm",
     "select_isa",

@@ -12,7 +12,7 @@ import numpy as np
 import thrifty.native
 from thrifty.errors import ThriftyError
 
-ABI_VERSION = 3
+ABI_VERSION = 5
 FILE_NAME = {"win32": "libthrifty.dll", "darwin": "libthrifty.dylib"}.get(sys.platform, "libthrifty.so")
 
 #: Numbers of the formats in the C interface.
@@ -59,8 +59,10 @@ _PROTOTYPES = {
         *(_i64, _i64, _i64, _i64, _pointer, _pointer, _int),
     ),
     "read_bandwidth": (_int, _pointer, _size, _int, _int, ctypes.POINTER(ctypes.c_double)),
+    "int8_peak": (_int, _int, ctypes.c_double, ctypes.POINTER(ctypes.c_double)),
     "cache_evict": (None, _pointer, _size),
     "cache_size": (_size, _int, _i64, _i64, _i64, _i64),
+    "cache_copy": (_int, _int, _i64, _i64, _i64, _pointer, _i64, _pointer, _pointer, _pointer, _pointer, _int),
     "run": (_int, _pointer, _i64, _pointer, _int, _pointer),
 }
 

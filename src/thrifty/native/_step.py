@@ -47,6 +47,8 @@ class Epilogue(IntEnum):
 #: Numbers of the stored floats: dtype names as safetensors has them, and "I8" for caches.
 DTYPE_IDS = {"F32": 0, "BF16": 1, "F16": 2, "I8": 3}
 ACTIVATION_IDS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4}
+#: What keys and values are in plain arrays.
+CACHE_STORAGE = {"F32": np.float32, "F16": np.float16, "I8": np.int8}
 #: A cache's capacity is a multiple of this many positions.
 CACHE_BLOCK = 64
 
@@ -160,6 +162,36 @@ def cache_nbytes(dtype: str, layers: int, kv_heads: int, head_dim: int, capacity
     if library is None:
         raise ThriftyError("[step] a native cache needs the native library; install with a C++ compiler")
     return library.cache_size(DTYPE_IDS[dtype], layers, kv_heads, head_dim, capacity)
+
+
+def cache_copy(
+    dtype: str,
+    place: tuple[int, int],
+    k: np.ndarray,
+    v: np.ndarray,
+    scales: tuple[np.ndarray, np.ndarray] | None,
+    into: bool,
+) -> None:
+    """The first positions of a cache to plain arrays, or with `into` from them into the cache.
+
+    place: address and capacity of the cache. k, v: [layers, kv_heads, positions, head_dim], float32, float16 or int8 as
+    `dtype` says; scales: for 'I8' those of k and v, float32 [layers, kv_heads, positions]. All contiguous.
+    """
+    library = load()
+    if library is None:
+        raise ThriftyError("[step] a native cache needs the native library; install with a C++ compiler")
+    arrays = (k, v, *(scales or ()))
+    fits = k.shape == v.shape and all(s.shape == k.shape[:3] and s.dtype == np.float32 for s in scales or ())
+    stored = k.dtype == v.dtype == CACHE_STORAGE[dtype] and (scales is not None) == (dtype == "I8")
+    if not (fits and stored and all(a.flags.c_contiguous and a.flags.aligned for a in arrays)):
+        raise ThriftyError(f"[step] arrays of a cache must be contiguous and fit; got {[a.shape for a in arrays]}")
+    layers, kv_heads, count, head_dim = k.shape
+    slot = _Slot(*place)
+    addresses = [None if a is None else a.ctypes.data for a in (k, v, *(scales or (None, None)))]
+    status = library.cache_copy(
+        *(DTYPE_IDS[dtype], layers, kv_heads, head_dim, ctypes.addressof(slot), count, *addresses, into)
+    )
+    library.check("step", status)
 
 
 def repack(

@@ -1,5 +1,7 @@
 """Keys and values of the positions a sequence has been through."""
 
+from typing import Any
+
 import numpy as np
 
 from thrifty import native
@@ -8,6 +10,11 @@ from thrifty.checkpoint import DecoderConfig
 
 class Cache:
     """The tokens of one sequence; subclasses hold the keys and values of the first `len(cache)` positions."""
+
+    #: How keys and values are stored: 'F32', 'F16' or 'I8'.
+    dtype = "F32"
+    #: What the cache was made by, and may be used with.
+    owner: Any = None
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -18,13 +25,18 @@ class Cache:
 
     def keep_prefix(self, tokens: list[int]) -> int:
         """Drop what differs from `tokens`, and the last token too where all is shared: its logits are wanted."""
-        shared = 0
-        for mine, other in zip(self.tokens, tokens[:-1], strict=False):
-            if mine != other:
-                break
-            shared += 1
+        shared = shared_prefix(self.tokens, tokens[:-1])
         del self.tokens[shared:]
         return shared
+
+    def arrays(self, count: int) -> dict[str, np.ndarray]:
+        """Copies of the first `count` positions: keys and values [layers, kv_heads, count, head_dim] as stored, and
+        for 'I8' key_scales and value_scales float32 [layers, kv_heads, count]."""
+        raise NotImplementedError
+
+    def restore(self, tokens: list[int], arrays: dict[str, np.ndarray]) -> None:
+        """Hold `tokens` alone, with their keys and values as `arrays` has them."""
+        raise NotImplementedError
 
 
 class NativeCache(Cache):
@@ -37,8 +49,9 @@ class NativeCache(Cache):
         """dtype: 'F32', 'F16' or 'I8'."""
         super().__init__(capacity)
         padded = -(-capacity // native.CACHE_BLOCK) * native.CACHE_BLOCK
-        sizes = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-        self._memory = native.aligned_empty(native.cache_nbytes(dtype, *sizes, padded))
+        self.dtype = dtype
+        self._sizes = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        self._memory = native.aligned_empty(native.cache_nbytes(dtype, *self._sizes, padded))
         #: Address and capacity, as a program wants them.
         self.place = self._memory.ctypes.data, padded
 
@@ -46,6 +59,25 @@ class NativeCache(Cache):
     def nbytes(self) -> int:
         """Bytes of the whole capacity."""
         return self._memory.nbytes
+
+    def arrays(self, count: int) -> dict[str, np.ndarray]:
+        """As `Cache.arrays`."""
+        layers, kv_heads, head_dim = self._sizes
+        shape = (layers, kv_heads, count, head_dim)
+        arrays = {name: np.empty(shape, native.CACHE_STORAGE[self.dtype]) for name in ("keys", "values")}
+        if self.dtype == "I8":
+            arrays |= {name: np.empty(shape[:3], np.float32) for name in ("key_scales", "value_scales")}
+        self._copy(arrays, into=False)
+        return arrays
+
+    def restore(self, tokens: list[int], arrays: dict[str, np.ndarray]) -> None:
+        """As `Cache.restore`."""
+        self._copy({name: np.require(array, requirements=["C", "A"]) for name, array in arrays.items()}, into=True)
+        self.tokens = list(tokens)
+
+    def _copy(self, arrays: dict[str, np.ndarray], into: bool) -> None:
+        scales = (arrays["key_scales"], arrays["value_scales"]) if self.dtype == "I8" else None
+        native.cache_copy(self.dtype, self.place, arrays["keys"], arrays["values"], scales, into)
 
 
 class NumpyCache(Cache):
@@ -56,3 +88,24 @@ class NumpyCache(Cache):
         shape = (config.num_key_value_heads, capacity, config.head_dim)
         self.keys = [np.zeros(shape, np.float32) for _ in range(config.num_hidden_layers)]
         self.values = [np.zeros(shape, np.float32) for _ in range(config.num_hidden_layers)]
+
+    def arrays(self, count: int) -> dict[str, np.ndarray]:
+        """As `Cache.arrays`."""
+        return {
+            "keys": np.stack([layer[:, :count] for layer in self.keys]),
+            "values": np.stack([layer[:, :count] for layer in self.values]),
+        }
+
+    def restore(self, tokens: list[int], arrays: dict[str, np.ndarray]) -> None:
+        """As `Cache.restore`."""
+        for mine, stored in ((self.keys, arrays["keys"]), (self.values, arrays["values"])):
+            for layer, part in zip(mine, stored, strict=True):
+                layer[:, : len(tokens)] = part
+        self.tokens = list(tokens)
+
+
+def shared_prefix(first: list[int], second: list[int]) -> int:
+    """Number of tokens that two sequences begin with alike."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )

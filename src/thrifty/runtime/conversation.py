@@ -1,6 +1,7 @@
 """A chat: messages, and a cache that keeps what the turns share."""
 
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 from thrifty.runtime.runtime import Runtime
 
@@ -8,10 +9,14 @@ from thrifty.runtime.runtime import Runtime
 class Conversation:
     """Messages with a model. What a turn's prompt shares with the turn before is not computed again."""
 
-    def __init__(self, runtime: Runtime, system: str | None = None, **options) -> None:
-        """system: a first message that sets the tone; options: those of `Runtime.stream`."""
+    def __init__(
+        self, runtime: Runtime, system: str | None = None, prompt_cache: str | Path | None = None, **options
+    ) -> None:
+        """system: a first message that sets the tone; prompt_cache: a file, as in `Runtime.stream_tokens`, that the
+        first answer of a conversation uses and makes; options: those of `Runtime.stream_tokens`."""
         self._runtime = runtime
         self._system = system
+        self._prompt_cache = prompt_cache
         self._options = options
         self.reset()
 
@@ -20,6 +25,8 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         if self._system:
             self.messages.append({"role": "system", "content": self._system})
+        #: Whether the last answer ended where the context did.
+        self.full = False
         self._cache = self._runtime.new_cache()
 
     def ask(self, text: str) -> Generator[str, None, None]:
@@ -27,8 +34,10 @@ class Conversation:
         kept as a message. Raises ThriftyError, and keeps nothing, where the conversation exceeds the context."""
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt, stops = self._runtime.chat_prompt(asked)
-        stream = self._runtime.stream(prompt, stop=stops, cache=self._cache, **self._options)
-        return self._answer(asked, stream)
+        file = None if len(self._cache) else self._prompt_cache
+        tokens = self._runtime.stream_tokens(prompt, cache=self._cache, prompt_cache=file, **self._options)
+        self.full = False
+        return self._answer(asked, self._runtime.text_of(self._counted(tokens, self._runtime.room(prompt)), stops))
 
     def _answer(self, asked: list[dict[str, str]], stream: Iterator[str]) -> Generator[str, None, None]:
         answer = ""
@@ -38,3 +47,8 @@ class Conversation:
                 yield piece
         finally:
             self.messages = [*asked, {"role": "assistant", "content": answer.strip()}]
+
+    def _counted(self, tokens: Iterator[int], room: int) -> Iterator[int]:
+        for count, token in enumerate(tokens, 1):
+            self.full = count == room
+            yield token

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,8 +11,7 @@ from thrifty import native
 from thrifty.checkpoint import DecoderConfig, Folder
 from thrifty.runtime.cache import NativeCache
 from thrifty.runtime.fallback import NumpyDecoder
-from thrifty.runtime.program import DecoderProgram, Options
-from thrifty.runtime.weights import fastest_format
+from thrifty.runtime.program import DecoderProgram, Options, fastest_format
 
 #: Positions computed at a time when a prompt is read; memory does not grow with the prompt.
 PREFILL_ROWS = 512
@@ -33,6 +33,9 @@ class Decoder(Protocol):
 
     @property
     def most_sequences(self) -> int: ...
+
+    @property
+    def most_rows(self) -> int: ...
 
     def new_cache(self, capacity: int) -> Any: ...
 
@@ -57,15 +60,16 @@ class NativeDecoder:
     ) -> None:
         self.config = folder.config
         self.max_context = max_context
-        if weight_format == "auto":
-            weight_format = "i2" if folder.config.linear == "dense" else fastest_format(folder.config, n_threads)
-        self.weight_format = weight_format
         self._cache_dtype = CACHE_DTYPES[cache_bits]
         self._rows, self._outputs = PREFILL_ROWS, min(HEAD_ROWS, PREFILL_ROWS)
-        self._decoder = DecoderProgram(
-            folder,
-            Options(weight_format, head_bits, self._cache_dtype, n_threads, max_context, self._rows, self._outputs),
+        options = Options(
+            weight_format, head_bits, self._cache_dtype, n_threads, max_context, self._rows, self._outputs
         )
+        if weight_format == "auto":
+            chosen = "i2" if folder.config.linear == "dense" else fastest_format(folder, options)
+            options = replace(options, weight_format=chosen)
+        self.weight_format = options.weight_format
+        self._decoder = DecoderProgram(folder, options)
         self._program = self._decoder.program
         self._lock = threading.Lock()
 
@@ -77,6 +81,11 @@ class NativeDecoder:
     @property
     def most_sequences(self) -> int:
         """Sequences that one step of `advance_batch` takes."""
+        return self._outputs
+
+    @property
+    def most_rows(self) -> int:
+        """Positions whose logits one step gives, with the bits of as many steps."""
         return self._outputs
 
     def new_cache(self, capacity: int) -> NativeCache:
@@ -111,6 +120,11 @@ class NativeDecoder:
 
     def _part_logits(self, tokens: Sequence[int], cache: NativeCache) -> Iterator[np.ndarray]:
         rows = self._fill([(tokens, cache)])
+        if rows <= self._outputs:
+            self._program.output_rows[:rows] = np.arange(rows)
+            self._program.run(rows, rows, [cache.place])
+            yield self._decoder.logits[:rows].copy()
+            return
         self._program.run(rows, 0, [cache.place], end=self._decoder.head)
         for start in range(0, rows, self._outputs):
             count = min(self._outputs, rows - start)

@@ -50,6 +50,11 @@ class NumpyDecoder:
         return 32
 
     @property
+    def most_rows(self) -> int:
+        """Positions whose logits one step gives, with the bits of as many steps: numpy's depend on the rows."""
+        return 1
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that a decode step reads."""
         return self._head.nbytes + sum(p.nbytes for layer in self._layers for p in layer.projections)

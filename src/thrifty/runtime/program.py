@@ -1,18 +1,25 @@
 """A decoder as a flat program of native ops over preallocated buffers."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from thrifty import native
 from thrifty.checkpoint import Folder
-from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD
+from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD, linear_shapes
 from thrifty.native import ACTIVATION_IDS, DTYPE_IDS, NO_FLAGS, Epilogue, Op, OpCode, OpFlag, Program
+from thrifty.runtime.cache import NativeCache
 from thrifty.runtime.rope import RopeTables
 from thrifty.runtime.weights import CACHE_LINE, Arena, Matrix, read_head, read_matrix, tiles_of
 from thrifty.spec import CHUNK
 from thrifty.spec.formats import TILE_ROWS
 
+#: Bytes of weights below which a model may stay in the processor's caches from step to step.
+CACHED_BYTES = 32 << 20
+#: Bytes of low-bit weights that a step must read for its time to tell of the format.
+_TIMED_BYTES = 8 << 20
+_ROUNDS = 7
 #: Rows of a step whose attention may be split over the cache between threads.
 _SPLIT_ROWS = 8
 
@@ -38,18 +45,20 @@ class DecoderProgram:
     post_attention_layernorm(h); `pre` has no sub-norms, `mlp` no gate. Every low-bit linear quantises its input.
     """
 
-    def __init__(self, folder: Folder, options: Options) -> None:
+    def __init__(self, folder: Folder, options: Options, layers: int | None = None) -> None:
+        """layers: only so many, and no head; None for the whole decoder."""
         self._folder, self._config, self._options = folder, folder.config, options
         self._ops: list[Op] = []
         self._arena = Arena()
         self.weight_bytes = 0
         self._make_buffers()
         self._embed()
-        for layer in range(folder.config.num_hidden_layers):
+        for layer in range(folder.config.num_hidden_layers if layers is None else layers):
             self._attention(layer)
             self._feed_forward(layer)
         self.head = len(self._ops)
-        self._head()
+        if layers is None:
+            self._head()
         self.program = Program(self._ops, options.rows, options.outputs, options.n_threads)
 
     def _make_buffers(self) -> None:
@@ -166,3 +175,29 @@ class DecoderProgram:
 
     def _sub_gain(self, prefix: str, norm: str) -> np.ndarray | None:
         return self._gain(prefix, norm) if self._config.norm_placement == "sub_ln" else None
+
+
+def fastest_format(folder: Folder, options: Options) -> str:
+    """'i2' or 'base3', whichever decodes faster here, on these threads: a token through the first layers is timed in
+    both, from memory unless the model is small."""
+    config = folder.config
+    weights = sum(rows * cols for rows, cols in linear_shapes(config).values())
+    layers = min(config.num_hidden_layers, -(-4 * _TIMED_BYTES // weights))
+    evict = weights // 4 * config.num_hidden_layers > CACHED_BYTES
+    decoders = {
+        name: DecoderProgram(folder, replace(options, weight_format=name, rows=1, outputs=1), layers)
+        for name in ("i2", "base3")
+    }
+    cache = NativeCache(config, options.cache_dtype, 1)
+    seconds = dict.fromkeys(decoders, np.inf)
+    for _ in range(_ROUNDS):
+        for name, decoder in decoders.items():
+            decoder.rope.reach(1)
+            for op in decoder.program.ops if evict else ():
+                if op.code == OpCode.MATMUL and op.p[0] is not None:
+                    native.cache_evict(op.p[0])
+            start = time.perf_counter()
+            decoder.program.run(1, 0, [cache.place])
+            # Other work only ever adds to a time.
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return min(seconds, key=lambda name: seconds[name])

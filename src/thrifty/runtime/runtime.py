@@ -1,5 +1,6 @@
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +9,14 @@ from tokenizers import Tokenizer
 
 from thrifty import native
 from thrifty.checkpoint import DecoderConfig, Folder, open_folder
-from thrifty.errors import ThriftyError
-from thrifty.runtime.cache import Cache
+from thrifty.errors import ThriftyError, ThriftyWarning
+from thrifty.runtime.cache import Cache, shared_prefix
 from thrifty.runtime.chat_template import PLAIN_CHAT_STOPS, chosen_template, render_chat
 from thrifty.runtime.decoder import CACHE_DTYPES, Decoder, make_decoder
+from thrifty.runtime.drafting import Drafter, Drafting
 from thrifty.runtime.generation import Continuation, Defaults
+from thrifty.runtime.prompt_cache import PromptCache
+from thrifty.runtime.score import Score, negative_log_likelihood
 from thrifty.runtime.text import pieces, read_tokenizer, until_stop
 from thrifty.spec import CHUNK
 from thrifty.spec.windows import scoring_windows
@@ -36,7 +40,8 @@ def load(
     faster. n_threads: by default the physical cores this process may use, or THRIFTY_NUM_THREADS. max_context:
     positions a sequence may have, by default the model's. head_bits: the output head at 8 or 4 bits, or None for as it
     is stored. cache_bits: keys and values as float32, float16 or 8-bit integers with a scale per position and head.
-    With the defaults the runtime computes what torch does; fewer bits are faster and move the logits a little.
+    With the defaults the runtime computes what torch does; fewer bits are faster and move the logits a little. Warns
+    where there are more threads than processors.
     Raises ThriftyError where the folder or an option is invalid.
     """
     folder = open_folder(path)
@@ -55,6 +60,13 @@ def load(
     if cache_bits not in CACHE_DTYPES:
         raise ThriftyError(f"[load] cache_bits must be one of {', '.join(map(str, CACHE_DTYPES))}; got {cache_bits!r}")
     threads = n_threads or native.default_threads()
+    if threads > native.cpu_threads():
+        warnings.warn(
+            f"[load] n_threads is best at most {native.cpu_threads()}, the processors of this process; got {threads}; "
+            "results are the same, and slower",
+            ThriftyWarning,
+            stacklevel=2,
+        )
     context = max_context or limit
     try:
         decoder = make_decoder(folder, weight_format, threads, context, head_bits, cache_bits)
@@ -131,16 +143,40 @@ class Runtime:
         seed: int | np.random.Generator | None = None,
         ignore_eos: bool = False,
         cache: Cache | None = None,
+        prompt_cache: str | Path | None = None,
+        draft: int | Drafting = 0,
     ) -> Iterator[int]:
         """The continuation of `prompt` (a text, or token ids), token by token; an end-of-sequence token ends it.
 
         Options left out are those of generation_config.json. temperature 0 takes the most likely token; a seed, or a
         generator, makes sampling repeatable. max_new_tokens left out is also cut to the room in the context. cache: one
-        of `new_cache`, whose prefix shared with the prompt is not computed again. Raises ThriftyError where prompt and
-        max_new_tokens exceed the context, or an option is out of range.
+        of `new_cache`, whose prefix shared with the prompt is not computed again. prompt_cache: the same in a file,
+        which is made where it is missing, and holds the prompt from now on where that is longer than what it held.
+        draft: most tokens to guess at a time from what was said before, or a `Drafting` that counts them; the tokens
+        are the same, and come faster where the text repeats itself (`thrifty.runtime.drafting`).
+        Raises ThriftyError where prompt and max_new_tokens exceed the context, an option is out of range, or a cache
+        is not of this model.
         """
         run = self._begin(prompt, max_new_tokens, seed, ignore_eos, temperature, top_k, top_p, repetition_penalty)
-        return self._tokens(run, self._cache_for(run) if cache is None else cache)
+        cache = self._cache_for(run) if cache is None else cache
+        if cache.owner is not self._decoder:
+            raise ThriftyError("[generate] a cache must be of this runtime; got another's; make one with new_cache")
+        file = None if prompt_cache is None else PromptCache(prompt_cache, self._folder, cache.dtype)
+        drafting = draft if isinstance(draft, Drafting) else Drafting(draft)
+        return self._tokens(run, cache, file, Drafter(drafting, self._decoder.most_rows - 1))
+
+    def save_prompt(self, path: str | Path, prompt: str | Sequence[int]) -> int:
+        """Compute a prompt and write its keys and values to a file, for `prompt_cache` of later calls and processes.
+
+        Returns its number of tokens. A file that is there is used, and replaced. Raises ThriftyError where it is no
+        prompt cache of this model and cache_bits.
+        """
+        tokens = self._prompt(prompt)
+        cache = self._new_cache(len(tokens))
+        file = PromptCache(path, self._folder, cache.dtype)
+        self._read_prompt(tokens, cache, file)
+        file.save(cache, len(tokens))
+        return len(tokens)
 
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options) -> list[str]:
         """The continuations of several prompts, made together: reading the weights once a step serves them all.
@@ -170,6 +206,10 @@ class Runtime:
             self._run_together(runs[start : start + most])
         return [run.made for run in runs]
 
+    def room(self, prompt: str | Sequence[int]) -> int:
+        """Tokens that may follow a prompt: the last one is returned, not read, and needs no position."""
+        return self.max_context - len(self._prompt(prompt)) + 1
+
     def new_cache(self) -> Cache:
         """A cache for the whole context, for calls that share a prefix (the turns of a chat)."""
         return self._new_cache(self.max_context)
@@ -180,19 +220,51 @@ class Runtime:
         return np.concatenate(list(self._decoder.logits(tokens, self._new_cache(len(tokens)))))
 
     def perplexity(self, text: str, window: int | None = None, stride: int | None = None) -> float:
-        """exp(mean negative log-likelihood per token) of a text, in windows as `bits_per_byte` has them."""
-        nats, count = self._negative_log_likelihood(text, window, stride)
-        return math.exp(nats / count)
+        """exp(mean negative log-likelihood per token) of a text, in windows as `score` has them."""
+        return self.score(text, window, stride).perplexity
 
     def bits_per_byte(self, text: str, window: int | None = None, stride: int | None = None) -> float:
-        """Negative log2-likelihood of a text over its bytes in UTF-8.
+        """Negative log2-likelihood of a text over its bytes in UTF-8, in windows as `score` has them."""
+        return self.score(text, window, stride).bits_per_byte
+
+    def score(
+        self,
+        text: str,
+        window: int | None = None,
+        stride: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Score:
+        """Negative log-likelihood of a text.
 
         Windows of `window` tokens (by default the context) advance by `stride` (by default half a window); a token is
         scored once, with all that is left of it in the first window it is in. The first token is predicted from the
         beginning-of-sequence token, or the end-of-sequence token; a model that has neither pays log2(vocabulary).
+        progress: called with the tokens scored so far and all of them. Raises ThriftyError where the text has no token,
+        or 1 <= stride <= window <= context does not hold.
         """
-        nats, _ = self._negative_log_likelihood(text, window, stride)
-        return nats / math.log(2) / len(text.encode())
+        window = self.max_context if window is None else window
+        stride = max(1, window // 2) if stride is None else stride
+        if not 1 <= stride <= window <= self.max_context:
+            raise ThriftyError(
+                f"[perplexity] 1 <= stride <= window <= {self.max_context} (the context) must hold; got stride "
+                f"{stride} and window {window}"
+            )
+        tokens = self._ids(text, add_special_tokens=False)
+        if not tokens:
+            raise ThriftyError("[perplexity] the text must have at least one token; got none")
+        start = self._start()
+        nats = math.log(self.config.vocab_size) if start is None else 0.0
+        read = np.array(tokens if start is None else [start, *tokens])
+        for begin, scored, stop in scoring_windows(len(read), window, stride):
+            inputs = read[begin : stop - 1].tolist()
+            at = begin + 1  # the position that the next row of logits predicts
+            for logits in self._decoder.logits(inputs, self._new_cache(len(inputs))):
+                skip = min(max(0, scored - at), len(logits))
+                nats += negative_log_likelihood(logits[skip:], read[at + skip : at + len(logits)])
+                at += len(logits)
+            if progress is not None:
+                progress(stop - (len(read) - len(tokens)), len(tokens))
+        return Score(nats, len(tokens), len(text.encode()))
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> tuple[list[int], list[str]]:
         """Tokens that ask for the assistant's answer to `messages`, and the strings that end it.
@@ -239,30 +311,61 @@ class Runtime:
 
     def _new_cache(self, positions: int) -> Cache:
         try:
-            return self._decoder.new_cache(positions)
+            cache = self._decoder.new_cache(positions)
         except MemoryError as error:
             raise _no_memory(f"[generate] keys and values of {positions} positions", error) from error
+        cache.owner = self._decoder
+        return cache
 
-    def _tokens(self, run: Continuation, cache: Cache) -> Iterator[int]:
+    def _read_prompt(self, tokens: list[int], cache: Cache, file: PromptCache | None) -> np.ndarray:
+        """Logits after a prompt; what the file or the cache has of it is not computed again."""
+        if file is not None:
+            file.restore(cache, tokens)
+        return self._decoder.advance(tokens[cache.keep_prefix(tokens) :], cache)
+
+    def _tokens(self, run: Continuation, cache: Cache, file: PromptCache | None, drafter: Drafter) -> Iterator[int]:
         if run.finished:
             return
-        shared = cache.keep_prefix(run.seen)
-        logits = self._decoder.advance(run.seen[shared:], cache)
-        while (token := run.take(logits)) is not None:
-            yield token
-            if run.finished:
-                return
-            logits = self._decoder.advance([token], cache)
+        rows, proposal = [self._read_prompt(run.seen, cache, file)], []
+        if file is not None and len(run.seen) > len(file.tokens):
+            file.save(cache, len(run.seen))
+        while True:
+            for logits, expected in zip(rows, [*proposal, None], strict=True):
+                if (token := run.take(logits)) is None:
+                    return
+                if token == expected:
+                    drafter.accept()
+                yield token
+                if run.finished:
+                    return
+                if token != expected:
+                    break
+            # Of a draft, the cache has positions that turned out otherwise.
+            del cache.tokens[len(run.seen) - 1 :]
+            proposal = drafter.propose(run.seen, run.count - len(run.made) - 1)
+            if proposal:
+                rows = np.concatenate(list(self._decoder.logits([run.seen[-1], *proposal], cache)))
+            else:
+                rows = [self._decoder.advance(run.seen[-1:], cache)]
 
     def _run_together(self, runs: Sequence[Continuation]) -> None:
         """Take several continuations to their ends, a step for all that are not there yet."""
         active = [(run, self._cache_for(run)) for run in runs if not run.finished]
-        for run, cache in active:
-            run.take(self._decoder.advance(run.seen, cache))
+        for i, (run, cache) in enumerate(active):
+            self._copy_prefix(run.seen, cache, [other for _, other in active[:i]])
+            run.take(self._read_prompt(run.seen, cache, None))
         while active := [(run, cache) for run, cache in active if not run.finished]:
             logits = self._decoder.advance_batch([run.seen[-1] for run, _ in active], [cache for _, cache in active])
             for (run, _), row in zip(active, logits, strict=True):
                 run.take(row)
+
+    def _copy_prefix(self, tokens: list[int], cache: Cache, others: Sequence[Cache]) -> None:
+        """Take over from the cache that begins most like `tokens` what they share: it is computed once."""
+        shared, nearest = max(
+            ((shared_prefix(c.tokens, tokens), c) for c in others), key=lambda x: x[0], default=(0, cache)
+        )
+        if shared:
+            cache.restore(tokens[:shared], nearest.arrays(shared))
 
     def _prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt, checked; an empty one begins a new sequence."""
@@ -288,8 +391,7 @@ class Runtime:
         return min(self._defaults.eos, default=None)
 
     def _room(self, tokens: list[int], max_new_tokens: int | None) -> int:
-        # The last token is returned, not read: it needs no position.
-        room = self.max_context - len(tokens) + 1
+        room = self.room(tokens)
         if max_new_tokens is None:
             return min(self._defaults.max_new_tokens, room)
         if max_new_tokens < 0:
@@ -300,30 +402,6 @@ class Runtime:
                 f"{max_new_tokens}; shorten the prompt or lower max_new_tokens to {room}"
             )
         return max_new_tokens
-
-    def _negative_log_likelihood(self, text: str, window: int | None, stride: int | None) -> tuple[float, int]:
-        """Nats of a text and its number of scored tokens."""
-        window = self.max_context if window is None else window
-        stride = max(1, window // 2) if stride is None else stride
-        if not 1 <= stride <= window <= self.max_context:
-            raise ThriftyError(
-                f"[perplexity] 1 <= stride <= window <= {self.max_context} (the context) must hold; got stride "
-                f"{stride} and window {window}"
-            )
-        tokens = self._ids(text, add_special_tokens=False)
-        if not tokens:
-            raise ThriftyError("[perplexity] the text must have at least one token; got none")
-        start = self._start()
-        nats = math.log(self.config.vocab_size) if start is None else 0.0
-        read = np.array(tokens if start is None else [start, *tokens])
-        for begin, scored, stop in scoring_windows(len(read), window, stride):
-            inputs = read[begin : stop - 1].tolist()
-            at = begin + 1  # the position that the next row of logits predicts
-            for logits in self._decoder.logits(inputs, self._new_cache(len(inputs))):
-                skip = min(max(0, scored - at), len(logits))
-                nats += _nats(logits[skip:], read[at + skip : at + len(logits)])
-                at += len(logits)
-        return nats, len(tokens)
 
     def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
         try:
@@ -343,11 +421,3 @@ class Runtime:
 
 def _no_memory(what: str, error: MemoryError) -> ThriftyError:
     return ThriftyError(f"{what} must fit in memory; {str(error) or 'they do not'}; give a smaller context")
-
-
-def _nats(logits: np.ndarray, targets: np.ndarray) -> float:
-    """Sum of -log softmax(logits)[target], in float64."""
-    logits = logits.astype(np.float64)
-    top = logits.max(-1)
-    log_sum = top + np.log(np.exp(logits - top[:, None]).sum(-1))
-    return float((log_sum - logits[np.arange(len(targets)), targets]).sum())

@@ -1,6 +1,5 @@
 """The matrices of a decoder in the layouts that native ops read."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -8,13 +7,11 @@ from typing import Literal
 import numpy as np
 
 from thrifty import native, spec
-from thrifty.checkpoint import DecoderConfig, Folder, Tensor
+from thrifty.checkpoint import Folder, Tensor
 from thrifty.checkpoint.names import has_bias, linear_shapes
 from thrifty.native import DTYPE_IDS, NO_FLAGS, Epilogue, Op, OpCode, OpFlag
 from thrifty.spec.formats import TILE_ROWS
 
-#: Bytes of weights below which a model may stay in the processor's caches from step to step.
-CACHED_BYTES = 32 << 20
 #: Bytes.
 CACHE_LINE = 64
 #: Rows of a head that are quantised at a time.
@@ -163,29 +160,6 @@ def read_head(tensor: Tensor, bits: int | None, n_threads: int, arena: Arena) ->
     with ThreadPoolExecutor(n_threads) as pool:
         list(pool.map(quantize, range(0, rows, _HEAD_ROWS)))
     return Matrix(layout, data, cols, scale, None)
-
-
-def fastest_format(config: DecoderConfig, n_threads: int) -> str:
-    """'i2' or 'base3', whichever multiplies the model's largest matrix faster here: from memory, unless it is small."""
-    rows, cols = max(linear_shapes(config).values(), key=lambda shape: shape[0] * shape[1])
-    weights = sum(out * inp for out, inp in linear_shapes(config).values()) * config.num_hidden_layers
-    evict = weights // 4 > CACHED_BYTES
-    x, x_scales, y = np.ones((1, -(-cols // 80) * 80), np.int8), np.ones(1, np.float32), np.empty((1, rows), np.float32)
-    seconds: dict[str, list[float]] = {"i2": [], "base3": []}
-    matrices = {}
-    for name in seconds:
-        # Any bytes do: the time does not depend on them.
-        packed = native.aligned_empty(spec.FORMATS[name].nbytes(rows, cols))
-        packed.fill(121)
-        matrices[name] = native.PackedMatrix(packed, rows, cols, name), packed
-    for _ in range(5):
-        for name, (matrix, packed) in matrices.items():
-            if evict:
-                native.cache_evict(packed)
-            start = time.perf_counter()
-            matrix.matmul(x, x_scales, 1.0, n_threads=n_threads, out=y)
-            seconds[name].append(time.perf_counter() - start)
-    return min(seconds, key=lambda name: float(np.median(seconds[name])))
 
 
 def _float_matrix(tensors: list[Tensor], places: list[slice], bias: np.ndarray | None, arena: Arena) -> Matrix:

@@ -27,8 +27,10 @@ def sample(
     order = np.argsort(-logits, kind="stable")
     if top_k > 0:
         order = order[:top_k]
-    scaled = logits[order].astype(np.float64) / temperature
-    p = np.exp(scaled - scaled[0])
+    kept_logits = logits[order].astype(np.float64)
+    # The largest goes first: divided by a temperature near zero it would be infinite, and its exponential no number.
+    with np.errstate(over="ignore"):
+        p = np.exp((kept_logits - kept_logits[0]) / temperature)
     p /= p.sum()
     if top_p < 1:
         kept = int(np.searchsorted(np.cumsum(p), top_p)) + 1

@@ -1,0 +1,269 @@
+"""Other runtimes, each in a process of its own Python: `runtime_vs_peers.py` asks, this answers, in lines of JSON.
+
+    python benchmarks/_peers.py llama | litespark
+
+It knows nothing of thrifty but the folder it has packed, so that the peers' environment need not hold it. Requests and
+answers are those of `thrifty.runtime.worker`.
+"""
+
+import ctypes
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+#: As `thrifty.runtime.measure.STEPS`.
+STEPS = 16
+NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+LINEARS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+class Packed:
+    """A packed folder: its config, and its tensors as float32 and codes."""
+
+    def __init__(self, path: str) -> None:
+        self.config = json.loads((Path(path) / "config.json").read_text())
+        self._bytes = np.memmap(Path(path) / "model.safetensors", np.uint8, "r")
+        size = int(self._bytes[:8].view("<u8")[0])
+        self._header = json.loads(bytes(self._bytes[8 : 8 + size]))
+        self._start = 8 + size
+
+    def names(self) -> Iterator[str]:
+        return (name for name in self._header if name != "__metadata__")
+
+    def shape(self, name: str) -> list[int]:
+        return self._header[name]["shape"]
+
+    def bits(self, name: str) -> np.ndarray:
+        """Stored values: uint8, or uint16 for bfloat16."""
+        info = self._header[name]
+        first, last = info["data_offsets"]
+        dtype = {"U8": "u1", "BF16": "<u2"}[info["dtype"]]
+        return np.frombuffer(self._bytes[self._start + first : self._start + last], dtype).reshape(info["shape"])
+
+    def floats(self, name: str) -> np.ndarray:
+        return (self.bits(name).astype("<u4") << 16).view(np.float32)
+
+    def codes(self, name: str) -> np.ndarray:
+        """int8 [out, in] in -1, 0, 1: digit i of row r of the bytes is row i * R + r."""
+        packed = self.bits(name)
+        return np.concatenate([(packed >> 2 * i & 3).astype(np.int8) - 1 for i in range(4)])
+
+    def scale(self, name: str) -> np.float32:
+        """The float32 that multiplies codes."""
+        return self.floats(f"{name}_scale").reshape(-1)[0]
+
+
+def write_gguf(source: str, file: str, kind: str) -> None:
+    """The folder as architecture `llama` (without its sub-norms): linears in `kind`, embedding and head in Q8_0."""
+    gguf = import_module("gguf")
+
+    packed = Packed(source)
+    config = packed.config
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_rope_dimension_count(config["hidden_size"] // heads)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+
+    def add(name: str, values: np.ndarray, kind: str) -> None:
+        if kind == "F32":
+            writer.add_tensor(name, values)
+            return
+        raw = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, gguf.quants.quantize(values, raw), raw_dtype=raw)
+
+    add("token_embd.weight", packed.floats("model.embed_tokens.weight"), "Q8_0")
+    add("output_norm.weight", packed.floats("model.norm.weight"), "F32")
+    for layer in range(config["num_hidden_layers"]):
+        before, after = f"model.layers.{layer}.", f"blk.{layer}."
+        for norm, name in NORMS.items():
+            add(f"{after}{name}.weight", packed.floats(f"{before}{norm}.weight"), "F32")
+        for linear, name in LINEARS.items():
+            codes, scale = packed.codes(f"{before}{linear}.weight"), packed.scale(f"{before}{linear}.weight")
+            if name in ("attn_q", "attn_k"):
+                codes = _interleaved(codes, heads if name == "attn_q" else kv_heads)
+            add(f"{after}{name}.weight", codes * scale, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _interleaved(codes: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a projection whose rotary pairs are neighbours, where they were halves of a head."""
+    return codes.reshape(heads, 2, -1, codes.shape[1]).swapaxes(1, 2).reshape(codes.shape)
+
+
+def write_bf16(source: str, folder: str) -> None:
+    """The folder with latent bfloat16 weights whose quantisation gives its codes back."""
+    packed = Packed(source)
+    names = [name for name in packed.names() if not name.endswith("_scale")]
+    header, offset = {}, 0
+    for name in names:
+        shape = packed.shape(name)
+        shape = [4 * shape[0], shape[1]] if f"{name}_scale" in packed._header else shape
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + 2 * int(np.prod(shape))]}
+        offset = header[name]["data_offsets"][1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    Path(folder).mkdir()
+    fields = {key: value for key, value in packed.config.items() if key != "quantization_config"}
+    fields |= {"rope_theta": fields["rope_parameters"]["rope_theta"]}
+    (Path(folder) / "config.json").write_text(json.dumps(fields))
+    with (Path(folder) / "model.safetensors").open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            if f"{name}_scale" not in packed._header:
+                stream.write(packed.bits(name).tobytes())
+                continue
+            # Two thirds of the codes are not zero, so that their mean magnitude is the scale.
+            magnitude = np.float32(1.5) * packed.scale(name)
+            high = int(np.array(magnitude, "<f4").view("<u4") >> 16)
+            stream.write(np.array([0, high, high | 0x8000], "<u2")[packed.codes(name)].tobytes())
+
+
+class Peer:
+    """What every peer is asked."""
+
+    def __init__(self) -> None:
+        #: Positions whose keys and values are in the cache.
+        self.written = 0
+
+    def write_gguf(self, source: str, file: str, kind: str) -> None:
+        write_gguf(source, file, kind)
+
+    def write_bf16(self, source: str, folder: str) -> None:
+        write_bf16(source, folder)
+
+    def begin(self, path: str, context: int, threads: int) -> None:
+        raise NotImplementedError
+
+    def forward(self, tokens: list[int], position: int) -> np.ndarray:
+        """Logits after tokens that begin at a position; what was there is forgotten."""
+        raise NotImplementedError
+
+    def load(self, path: str, context: int, threads: int) -> dict[str, float]:
+        start = time.perf_counter()
+        self.begin(path, context, threads)
+        return {"load_seconds": time.perf_counter() - start}
+
+    def logits(self, tokens: list[int]) -> list[float]:
+        return self.forward(tokens, 0).tolist()
+
+    def prefill(self, prompt: int) -> float:
+        tokens = np.random.default_rng(0).integers(0, self.vocabulary(), prompt).tolist()
+        start = time.perf_counter()
+        self.forward(tokens, 0)
+        seconds = time.perf_counter() - start
+        self.written = prompt
+        return seconds
+
+    def decode(self, context: int, seconds: float) -> dict[str, Any]:
+        """Seconds of greedy steps that end at `context`."""
+        first = context - STEPS
+        if self.written < first:
+            self.prefill(first)
+        times: list[float] = []
+        while not times or sum(times) < seconds:
+            token = 0
+            for position in range(first, context):
+                start = time.perf_counter()
+                token = int(self.forward([token], position).argmax())
+                times.append(time.perf_counter() - start)
+        return {"seconds": times}
+
+    def vocabulary(self) -> int:
+        raise NotImplementedError
+
+    def memory(self) -> dict[str, int]:
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return {name: int(fields[key].split()[0]) << 10 for name, key in (("peak", "VmHWM"), ("anonymous", "RssAnon"))}
+
+
+class Llama(Peer):
+    """llama.cpp through llama-cpp-python's plain bindings."""
+
+    def begin(self, path: str, context: int, threads: int) -> None:
+        self._library = llama_cpp = import_module("llama_cpp")
+        llama_cpp.llama_backend_init()
+        self._model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+        if not self._model:
+            raise RuntimeError(f"llama.cpp does not load {path}")
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx, options.n_batch, options.n_ubatch = context, context, 512
+        options.n_threads = options.n_threads_batch = threads
+        self._context = llama_cpp.llama_init_from_model(self._model, options)
+
+    def vocabulary(self) -> int:
+        return self._library.llama_vocab_n_tokens(self._library.llama_model_get_vocab(self._model))
+
+    def forward(self, tokens: list[int], position: int) -> np.ndarray:
+        library = self._library
+        library.llama_memory_seq_rm(library.llama_get_memory(self._context), 0, position, -1)
+        array = (ctypes.c_int32 * len(tokens))(*tokens)
+        status = library.llama_decode(self._context, library.llama_batch_get_one(array, len(tokens)))
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+        logits = library.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(logits, (self.vocabulary(),))
+
+
+class Litespark(Peer):
+    """litespark-inference's torchless part, with its embedding and head at 8 bits."""
+
+    def begin(self, path: str, context: int, threads: int) -> None:
+        del threads  # OMP_NUM_THREADS says it.
+        loader: Any = import_module("litespark_inference.torchless.loader")
+        # It knows models by their names at a hub.
+        loader._resolve_hf_snapshot = lambda _: (Path(path) / "config.json", Path(path) / "model.safetensors")
+        self._runtime = import_module("litespark_inference.torchless.runtime")
+        self._model = loader.load_bitnet_2b(embed_dtype="int8")
+        self._state = self._runtime.init_state(self._model, t_max=context)
+
+    def vocabulary(self) -> int:
+        return self._model.config.vocab_size
+
+    def forward(self, tokens: list[int], position: int) -> np.ndarray:
+        self._state.pos = position
+        if len(tokens) == 1:
+            return self._runtime.forward_one(self._model, self._state, tokens[0])
+        return self._runtime.forward_prefill(self._model, self._state, tokens)
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    replies = os.fdopen(os.dup(1), "w")
+    # What a library prints is no answer.
+    os.dup2(2, 1)
+    peer = {"llama": Llama, "litespark": Litespark}[sys.argv[1]]()
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = {"result": getattr(peer, request.pop("call"))(**request)}
+        print(json.dumps(answer), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()
