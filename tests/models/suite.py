@@ -27,6 +27,7 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_EXPERTS: dict[str, Any] = {"feed_forward": "cdmoe", "num_experts": 49, "num_experts_per_tok": 5}
 #: Fields beside `SMALL`, by a name for the test's id.
 MIXTURES: dict[str, dict[str, Any]] = {
     "bitnet": {"num_key_value_heads": 2},
@@ -56,6 +57,20 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "dynamic_mask_selection": "none",
     },
     "cheems": {"family": "cheems", "token_mixers": ["ssd", "dynamic_mask"], "keep_window_size": 5, "ssd_chunk_size": 4},
+    "doge-moe": {"family": "doge", **_EXPERTS, "keep_window_size": 5},
+    "doge-moe-ternary": {"family": "doge", **_EXPERTS, "linear": "ternary", "norm_placement": "sub_ln"},
+    "doge-moe-seed": {
+        "family": "doge",
+        **_EXPERTS,
+        "router": "product_key_heads",
+        "num_experts_heads": 2,
+        "expert_retrieval_size": 6,
+        "qk_norm": False,
+        "dt_heads": "attention",
+        "dynamic_mask_selection": "none",
+        "tie_word_embeddings": True,
+    },
+    "cheems-moe": {"family": "cheems", **_EXPERTS, "num_hidden_layers": 8, "ssd_chunk_size": 4},
     "all-four": {
         "token_mixers": ["attention", "dynamic_mask", "mlgru", "ssd"],
         "num_hidden_layers": 4,

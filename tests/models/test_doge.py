@@ -158,6 +158,47 @@ def test_a_language_model_becomes_a_classifier(tmp_path):
     assert logits(model.eval(), tokens).shape == (3, 3)
 
 
+MOE = {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 7, "router_aux_loss_coef": 0.5}
+
+
+@pytest.mark.filterwarnings("ignore:router_layout='legacy':UserWarning")
+@pytest.mark.parametrize("fields", [{}, {"keep_window_size": 5}, {"norm_topk_prob": True, "mlp_bias": True}])
+def test_logits_of_experts_are_those_of_transformers(tmp_path, fields):
+    theirs = their_model(**MOE, **fields)
+    theirs.save_pretrained(tmp_path)
+    ours = DogeForCausalLM.from_pretrained(tmp_path, router_layout="legacy")
+    tokens, cache, their_cache = distinct_tokens(), DynamicCache(), DynamicCache()
+    close(logits(ours, tokens), logits(theirs, tokens))
+    for columns in tokens.split([7] + [1] * 13, 1):
+        got = logits(ours, columns, past_key_values=cache)
+        close(got, logits(theirs, columns, past_key_values=their_cache))
+    padded, mask = tokens.clone(), torch.ones_like(tokens)
+    # On the right: upstream's router reads what stands at padding, and left of a text that is upstream's own noise.
+    padded[1, 16:], mask[1, 16:] = 0, 0
+    given: Any = {"attention_mask": mask, "labels": tokens, "output_router_logits": True}
+    given["position_ids"] = torch.arange(20)[None]
+    with torch.no_grad():
+        a, b = ours(padded, **given), theirs(padded, **given)
+    close(a.aux_loss, b.aux_loss)
+    close(a.loss, b.loss)
+    close(a.logits[mask.bool()], b.logits[mask.bool()])
+    ours.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "doge"
+    again = DogeForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again, tokens), logits(ours, tokens))
+    close(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again"), tokens), logits(ours, tokens))
+
+
+def test_a_folder_of_experts_routes_each_token_itself_unless_told_otherwise(tmp_path):
+    their_model(**MOE).save_pretrained(tmp_path)
+    model = DogeForCausalLM.from_pretrained(tmp_path)
+    assert model.config.router_layout == "per_token"
+    tokens = distinct_tokens()
+    close(logits(model, tokens)[:, :10], logits(model, tokens[:, :10]))
+    model.save_pretrained(tmp_path / "own")
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["model_type"] == "thrifty"
+
+
 def seed_folder(model: Any, folder: Any, names: dict[str, str], **fields: Any) -> None:
     """The model's tensors under the seed's names, with a config.json such as the seed wrote."""
     model.save_pretrained(folder)
@@ -182,8 +223,9 @@ def seed_folder(model: Any, folder: Any, names: dict[str, str], **fields: Any) -
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_the_seeds_doge_loads(tmp_path):
-    model = small_model("doge-seed")
+@pytest.mark.parametrize("mixture", ["doge-seed", "doge-moe-seed"])
+def test_the_seeds_doge_loads(tmp_path, mixture):
+    model = small_model(mixture)
     names = {
         "embed_tokens": "word_embed",
         "post_attention_layernorm": "post_layernorm",
@@ -193,7 +235,11 @@ def test_the_seeds_doge_loads(tmp_path):
         "mlp.": "feed_forward.",
         "model.norm.": "model.final_layernorm.",
     }
-    seed_folder(model, tmp_path, names, model_type="doge", dynamic_mask_ratio=0.0, is_causal=False)
+    fields: dict[str, Any] = {"model_type": "doge", "dynamic_mask_ratio": 0.0, "is_causal": False}
+    if mixture == "doge-moe-seed":
+        fields |= {"is_moe": True, "num_cdmoe_experts": 49, "num_cdmoe_heads": 2, "num_cdmoe_experts_per_head": 5}
+        fields |= {"expert_retrieval_size": 6}
+    seed_folder(model, tmp_path, names, **fields)
     loaded = DogeForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded, distinct_tokens()), logits(model, distinct_tokens()))
     loaded.save_pretrained(tmp_path / "new")

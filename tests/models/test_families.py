@@ -13,7 +13,7 @@ from thrifty.nn import MLGRU, is_packed
 pytestmark = pytest.mark.usefixtures("quiet")
 #: Mixtures by what they are saved as; all others are "thrifty".
 PLAIN = {"bitnet": ["bitnet", "bitnet-untied-relu2"], "doge": ["doge", "doge-wide"]}
-OWN = {"matmulfree": ["matmulfree"], "cheems": ["cheems", "cheems-seed"]}
+OWN = {"matmulfree": ["matmulfree"], "cheems": ["cheems", "cheems-seed", "cheems-moe"]}
 NAMES = {"thrifty": "Thrifty", "bitnet": "BitNet", "doge": "Doge", "cheems": "Cheems", "matmulfree": "MatMulFree"}
 
 

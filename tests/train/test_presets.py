@@ -43,6 +43,8 @@ def test_an_unknown_preset_names_the_known():
         ({"warmup": -1}, "warmup must be at least 0 and finite; got -1"),
         ({"clip": -1.0}, "clip must be at least 0 and finite; got -1.0"),
         ({"clip": math.inf}, "clip must be at least 0 and finite; got inf"),
+        ({"model": "llama"}, "model must be one of bitnet, doge, cheems, matmulfree; got 'llama'"),
+        ({"linear": "int4"}, "linear must be one of default, ternary, binary, dense; got 'int4'"),
         ({"sequence_length": 100_000}, "at most the 256 positions"),
     ],
 )

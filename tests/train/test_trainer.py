@@ -154,8 +154,30 @@ def test_a_time_limit_lowers_the_steps_and_a_resumed_run_keeps_them(tmp_path, mo
         train(tmp_path / "none", max_minutes=0.0)
 
 
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"model": "doge", "keep_window_size": 8}, "doge"),
+        ({"model": "doge", "linear": "ternary", "keep_window_size": 8}, "thrifty"),
+        ({"model": "doge", "num_experts": 25, "num_experts_per_tok": 3}, "thrifty"),
+        ({"model": "cheems", "num_hidden_layers": 8}, "cheems"),
+        ({"model": "matmulfree"}, "matmulfree"),
+    ],
+)
+def test_every_family_trains_and_goes_on_from_its_checkpoint(tmp_path, fields, kind):
+    family = MICRO.override(**fields)
+    whole = train(tmp_path / "whole", preset=family)
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["model_type"] == kind
+    losses = [entry["loss"] for entry in whole.history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "checkpoint-6")
+    train(tmp_path / "resumed", preset=family, resume=True)
+    assert same(weights(tmp_path / "resumed"), weights(tmp_path / "whole"))
+
+
 def test_a_step_can_be_timed():
-    model = BitNetForCausalLM(module._config(MICRO, module.train_tokenizer([TEXT], 280)))
+    model = module.new_model(MICRO, module.train_tokenizer([TEXT], 280))
     before = {name: p.clone() for name, p in model.named_parameters()}
     assert 0 < module.seconds_per_step(model, MICRO.recipe, count=1) < 60
     assert same(before, dict(model.named_parameters()))

@@ -19,6 +19,8 @@ thrifty train notes.txt --preset tiny --output runs/notes
 
 thrifty train my-folder/ --steps 2000 --set hidden_size=512
 
+thrifty train --model doge --linear ternary     (dynamic mask attention, 1.58 bits a weight)
+
 thrifty train --dataset roneneldan/TinyStories --max-minutes 60
 
 Repeat a command that was interrupted, and it goes on from its newest checkpoint. What comes next:
@@ -38,6 +40,14 @@ def main(
         typer.Option("--output", "-o", help="Folder for the model and all about the run.", show_default="runs/NAME"),
     ] = None,
     preset: Annotated[str, typer.Option(help="Size and recipe: tiny, demo or small.")] = "demo",
+    model: Annotated[
+        str | None,
+        typer.Option(help="What it is made of: bitnet, doge, cheems or matmulfree.", show_default="bitnet"),
+    ] = None,
+    linear: Annotated[
+        str | None,
+        typer.Option(help="Weights of its linear layers: ternary, binary or dense.", show_default="the model's own"),
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(help="Instead of TEXT: a data set of Hugging Face, or a local folder of JSONL or Parquet."),
@@ -73,7 +83,7 @@ def main(
         ),
     ] = None,
 ) -> None:
-    """Train a ternary language model on text.
+    """Train a language model on text.
 
     The folder gets the model with its latent weights, the tokenizer, checkpoints to resume from, TensorBoard logs
     (tensorboard --logdir runs), the loss curve as a picture, and a record of everything that decided the result.
@@ -84,6 +94,8 @@ def main(
     from thrifty.train.presets import preset as find_preset
 
     chosen = find_preset(preset).override(
+        model=model,
+        linear=linear,
         vocab_size=_vocab_size(tokenizer, vocab_size),
         steps=steps,
         batch_size=batch_size,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from thrifty.models.configuration import ThriftyConfig
-from thrifty.nn import MLGRU, SSD, BitAttention, BitFeedForward, DynamicMaskAttention
+from thrifty.nn import MLGRU, SSD, BitAttention, BitFeedForward, CDMoE, DynamicMaskAttention
 
 
 def _attention(config: ThriftyConfig, layer_idx: int) -> nn.Module:
@@ -90,6 +90,24 @@ def _feed_forward(config: ThriftyConfig) -> nn.Module:
     )
 
 
+def _experts(config: ThriftyConfig) -> nn.Module:
+    return CDMoE(
+        config.hidden_size,
+        config.hidden_act,
+        config.intermediate_size,
+        config.expert_retrieval_size,
+        config.num_experts,
+        config.num_experts_heads,
+        config.num_experts_per_tok,
+        router=config.router,  # pyright: ignore[reportArgumentType]
+        router_layout=config.router_layout,  # pyright: ignore[reportArgumentType]
+        norm_topk_prob=config.norm_topk_prob,
+        bias=config.mlp_bias,
+        weight=config.linear,  # pyright: ignore[reportArgumentType]
+        norm=None,
+    )
+
+
 #: Builders by the names in `ThriftyConfig.token_mixers`; a mixer is called as `BitAttention` is.
 MIXERS: dict[str, Callable[[ThriftyConfig, int], nn.Module]] = {
     "attention": _attention,
@@ -98,4 +116,8 @@ MIXERS: dict[str, Callable[[ThriftyConfig, int], nn.Module]] = {
     "ssd": _ssd,
 }
 #: Builders by the names of `ThriftyConfig.feed_forward`.
-FEED_FORWARDS: dict[str, Callable[[ThriftyConfig], nn.Module]] = {"glu": _feed_forward, "mlp": _feed_forward}
+FEED_FORWARDS: dict[str, Callable[[ThriftyConfig], nn.Module]] = {
+    "glu": _feed_forward,
+    "mlp": _feed_forward,
+    "cdmoe": _experts,
+}

@@ -1,11 +1,11 @@
 """What each field of a configuration can be, and the names that other generations have for it."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from thrifty.errors import ThriftyError
 from thrifty.nn.attention import check_heads
 from thrifty.nn.dynamic_mask_attention import DT_HEADS, SELECTIONS, kept_keys
+from thrifty.nn.experts import ROUTER_LAYOUTS, ROUTERS, check_experts
 from thrifty.nn.linear import LINEARS
 from thrifty.ops import ACTIVATIONS
 
@@ -21,8 +21,8 @@ CHOICES = {
     "residual": ("plain", "scaled"),
     "dynamic_mask_selection": SELECTIONS,
     "dt_heads": DT_HEADS,
-    "router": ("linear", "product_key_heads"),
-    "router_layout": ("per_token", "legacy"),
+    "router": ROUTERS,
+    "router_layout": ROUTER_LAYOUTS,
 }
 #: Mixers a pattern of layers can name.
 TOKEN_MIXERS = ("attention", "dynamic_mask", "mlgru", "ssd")
@@ -104,16 +104,11 @@ def _check_mixers(config: "ThriftyConfig", name: str) -> None:
 
 
 def _check_experts(config: "ThriftyConfig", name: str) -> None:
-    keys = math.isqrt(config.num_experts)
-    if keys * keys != config.num_experts:
+    check_experts(name, "num_experts", config.num_experts, "num_experts_per_tok", config.num_experts_per_tok)
+    if config.router == "linear" and config.num_experts_heads != 1:
         raise ThriftyError(
-            f"[{name}] num_experts must be a square, one expert for each pair of keys; got {config.num_experts}; "
-            f"choose {keys * keys} or {(keys + 1) ** 2}"
-        )
-    if config.num_experts_per_tok > config.num_experts:
-        raise ThriftyError(
-            f"[{name}] num_experts_per_tok must be at most num_experts = {config.num_experts}; "
-            f"got {config.num_experts_per_tok}"
+            f"[{name}] num_experts_heads must be 1 with router 'linear'; got {config.num_experts_heads}; for more "
+            "take router='product_key_heads'"
         )
     if config.router == "product_key_heads" and config.expert_retrieval_size % 2:
         raise ThriftyError(

@@ -11,14 +11,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, Gen
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from thrifty.errors import ThriftyError
 from thrifty.models.blocks import FEED_FORWARDS, MIXERS
 from thrifty.models.caches import Generation, fitting_cache
 from thrifty.models.checkpoints import CheckpointedModel
 from thrifty.models.configuration import ThriftyConfig
-from thrifty.nn import SSD, BitLinear, DynamicMaskAttention, RMSNorm, RotaryEmbedding
+from thrifty.nn import SSD, BitLinear, CDMoE, DynamicMaskAttention, RMSNorm, RotaryEmbedding
+from thrifty.nn.experts import load_balance_loss
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -44,10 +45,15 @@ class DecoderLayer(GradientCheckpointingLayer):
         rotary: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-    ) -> Tensor:
+        output_router_logits: bool = False,
+    ) -> Any:
         mixed = self.self_attn(self.input_layernorm(x), rotary, mask, past_key_values)
         x = self._add(x, mixed, self.input_residual)
-        return self._add(x, self.mlp(self.post_attention_layernorm(x)), self.post_attention_residual)
+        fed = self.post_attention_layernorm(x)
+        if not output_router_logits:
+            return self._add(x, self.mlp(fed), self.post_attention_residual)
+        y, router_logits = self.mlp(fed, output_router_logits=True)
+        return self._add(x, y, self.post_attention_residual), router_logits
 
     def _add(self, x: Tensor, y: Tensor, scale: Tensor | None) -> Tensor:
         if self.dropout and self.training:
@@ -93,6 +99,8 @@ class ThriftyPreTrainedModel(CheckpointedModel):
         elif isinstance(module, (SSD, DynamicMaskAttention)):
             for name, value in module.initial().items():
                 init.copy_(getattr(module, name), value)
+        elif isinstance(module, CDMoE) and module.router == "product_key_heads":
+            init.normal_(module.keys, std=module.keys.shape[-1] ** -0.5)
         else:
             super()._init_weights(module)
 
@@ -131,9 +139,10 @@ class ThriftyModel(ThriftyPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         return_dict: bool | None = None,
         **_: Any,
-    ) -> BaseModelOutputWithPast | tuple:
+    ) -> MoeModelOutputWithPast | tuple:
         """Hidden states of token ids [B, T], or of embeddings [B, T, hidden_size].
 
         attention_mask: [B, S], 0 at padding, S counting cached tokens too; or a [B, 1, T, S] mask taken as it is.
@@ -152,20 +161,25 @@ class ThriftyModel(ThriftyPreTrainedModel):
             if position_ids is None:
                 position_ids = self._positions(x, attention_mask, past_key_values)
             rotary = self.rotary_emb(position_ids)
-        states = [x]
+        states, router_logits = [x], []
+        routed = self.config.feed_forward == "cdmoe" and self._option("output_router_logits", output_router_logits)
         compiled = self._compiled and self.training and torch.is_grad_enabled()
         recomputed = any(layer.gradient_checkpointing for layer in self.layers)
         run = _compiled_layer() if compiled and not recomputed else DecoderLayer.__call__
         for i, layer in enumerate(self.layers):
             mixer = self.config.mixer(i)
             positions = rotary if self.config.reads_positions(mixer) else None
-            x = run(layer, x, positions, masks[mixer], past_key_values)
+            x = run(layer, x, positions, masks[mixer], past_key_values, routed)
+            if routed:
+                x, scores = x
+                router_logits.append(scores)
             states.append(x)
         x = self.norm(x)
-        output = BaseModelOutputWithPast(
+        output = MoeModelOutputWithPast(
             last_hidden_state=x,  # pyright: ignore[reportArgumentType]
             past_key_values=past_key_values,
             hidden_states=(*states[:-1], x) if self._option("output_hidden_states", output_hidden_states) else None,
+            router_logits=tuple(router_logits) if routed else None,  # pyright: ignore[reportArgumentType]
         )
         return output if self._option("return_dict", return_dict) else output.to_tuple()
 
@@ -239,13 +253,15 @@ class ThriftyForCausalLM(ThriftyPreTrainedModel, Generation, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> MoeCausalLMOutputWithPast | tuple:
         """Logits, and with labels [B, T] (-100 is ignored) the mean cross-entropy of each next token, in nats.
 
-        logits_to_keep: only the last so many positions (0: all), or those of an index. Other arguments: `ThriftyModel`.
+        logits_to_keep: only the last so many positions (0: all), or those of an index. output_router_logits: with the
+        load-balance loss of the experts, added router_aux_loss_coef times. Other arguments: `ThriftyModel`.
         """
         hidden = self.model(
             input_ids=input_ids,
@@ -255,6 +271,7 @@ class ThriftyForCausalLM(ThriftyPreTrainedModel, Generation, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -262,11 +279,18 @@ class ThriftyForCausalLM(ThriftyPreTrainedModel, Generation, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(
+        aux_loss = None
+        if hidden.router_logits is not None:
+            aux_loss = load_balance_loss(hidden.router_logits, self.config.num_experts_per_tok, attention_mask)
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss
+        output = MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=aux_loss,  # pyright: ignore[reportArgumentType]
             logits=logits,  # pyright: ignore[reportArgumentType]
             past_key_values=hidden.past_key_values,
             hidden_states=hidden.hidden_states,
+            router_logits=hidden.router_logits,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

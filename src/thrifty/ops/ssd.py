@@ -36,10 +36,11 @@ def ssd(
     u, step, a = x.float() * dt.float()[..., None], dt.float(), A.float()
     keys, queries = B.float(), C.float()
     h = u.new_zeros(batch, heads, p, B.shape[-1]) if state is None else state.float()
-    if T == 1:
-        y, h = _step(u, a * step, keys, queries, h)
-    else:
-        y, h = _chunked(u, a * step, keys, queries, h, min(chunk, T))
+    with torch.autocast(x.device.type, enabled=False):
+        if T == 1:
+            y, h = _step(u, a * step, keys, queries, h)
+        else:
+            y, h = _chunked(u, a * step, keys, queries, h, min(chunk, T))
     if D is not None:
         y = y + D.float()[:, None] * x.float()
     return y.to(x.dtype), h

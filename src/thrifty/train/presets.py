@@ -7,10 +7,19 @@ from typing import Any
 
 from thrifty.errors import ThriftyError
 
+#: Families of models that can be trained, by what their layers mix tokens with.
+MODELS = {
+    "bitnet": "attention, ternary",
+    "doge": "dynamic mask attention",
+    "cheems": "SSD, and dynamic mask attention in every eighth layer",
+    "matmulfree": "MLGRU, ternary",
+}
+LINEARS = ("default", "ternary", "binary", "dense")
+
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the decoder."""
+    """Sizes of the decoder, and what it is made of."""
 
     #: Pieces of the tokenizer that is trained: 256 bytes, special tokens, merges.
     vocab_size: int
@@ -23,6 +32,15 @@ class Shape:
     max_position_embeddings: int
     #: Base of the rotary positions' wavelengths.
     rope_theta: float = 10_000.0
+    #: A key of `MODELS`.
+    model: str = "bitnet"
+    #: Weights of the linear layers: ternary, binary or dense; default: those of the model.
+    linear: str = "default"
+    #: Keys that a dynamic mask keeps.
+    keep_window_size: int = 64
+    #: Experts beside the feed-forward, a square, and how many of them a token takes; 0 for none.
+    num_experts: int = 0
+    num_experts_per_tok: int = 8
 
 
 @dataclass(frozen=True)
@@ -110,6 +128,9 @@ def _check(preset: Preset) -> None:
     for name in ("warmup", "weight_decay", "clip", "output_scale", "seed"):
         if not 0 <= getattr(recipe, name) < math.inf:
             raise ThriftyError(f"[train] {name} must be at least 0 and finite; got {getattr(recipe, name)}")
+    for name, choices in (("model", tuple(MODELS)), ("linear", LINEARS)):
+        if getattr(shape, name) not in choices:
+            raise ThriftyError(f"[train] {name} must be one of {', '.join(choices)}; got '{getattr(shape, name)}'")
     if recipe.sequence_length > shape.max_position_embeddings:
         rule = f"[train] sequence_length must be at most the {shape.max_position_embeddings} positions of the model"
         raise ThriftyError(f"{rule}; got {recipe.sequence_length}; choose a shorter one")

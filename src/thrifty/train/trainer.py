@@ -23,14 +23,14 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 import thrifty
 from thrifty.checkpoint import UnwritableError
 from thrifty.errors import ThriftyError
-from thrifty.models import BitNetConfig, BitNetForCausalLM, round_dense_parameters
+from thrifty.models import ThriftyForCausalLM, round_dense_parameters
 from thrifty.train.blocks import PackedBlocks
 from thrifty.train.checkpoints import CHECKPOINTS, checkpoint_to_resume, clear_run, read_record, write_record
 from thrifty.train.corpus import Corpus
 from thrifty.train.curve import plot
 from thrifty.train.evaluate import bits_per_byte
 from thrifty.train.event_files import event_files
-from thrifty.train.initial import initialize
+from thrifty.train.initial import initialize, new_model
 from thrifty.train.optimizer import build_optimizer, learning_rate_factor
 from thrifty.train.presets import Preset, Recipe
 from thrifty.train.progress import ProgressBar
@@ -46,7 +46,7 @@ ENCODED_TOGETHER = 32
 class TrainingResult:
     """What a run leaves behind."""
 
-    model: BitNetForCausalLM
+    model: ThriftyForCausalLM
     tokenizer: Tokenizer
     #: The trainer's log: dicts with `step` and `loss` or `eval_loss`.
     history: list[dict[str, float]]
@@ -124,13 +124,16 @@ def train(
     checkpoint = checkpoint_to_resume(output, settings, resume)
     tokenizer = _tokenizer(corpus, preset, output if checkpoint else None)
     set_seed(preset.recipe.seed)
-    model = BitNetForCausalLM(_config(preset, tokenizer))
+    model = new_model(preset, tokenizer)
     initialize(model, preset.recipe)
-    if preset.recipe.compile and can_compile():
+    compiled = preset.recipe.compile and can_compile() and not model.config.is_stateful
+    if compiled:
         model.compile_layers()
     started = time.perf_counter()
     recipe = _in_time(model, preset.recipe, max_minutes, read_record(output) if checkpoint else {})
     _greet(console, corpus, preset, recipe, model, output, checkpoint)
+    if compiled:
+        console.print("        the first step takes half a minute: the layers are compiled")
     blocks, glance, scale = _blocks(corpus, recipe, tokenizer)
     # Everything fits: only now is the folder touched.
     if checkpoint is None:
@@ -235,21 +238,6 @@ def encode(tokenizer: Tokenizer, documents: Sequence[str], most: int | None = No
             stream += [end, np.array(encoding.ids, np.int32)]
             size += 1 + len(encoding.ids)
     return np.concatenate(stream)
-
-
-def _config(preset: Preset, tokenizer: Tokenizer) -> BitNetConfig:
-    end = tokenizer.token_to_id(END)
-    shape: dict[str, Any] = asdict(preset.shape) | {"vocab_size": tokenizer.get_vocab_size()}
-    rope = {"rope_type": "default", "rope_theta": shape.pop("rope_theta")}
-    return BitNetConfig(
-        **shape,
-        rope_parameters=rope,
-        hidden_act="silu",
-        tie_word_embeddings=True,
-        bos_token_id=end,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
 
 
 def _arguments(recipe: Recipe, output: Path, evaluate: bool) -> TrainingArguments:
@@ -358,11 +346,11 @@ def _greet(console, corpus: Corpus, preset: Preset, recipe: Recipe, model, outpu
     size = sum(part.size for part in corpus.parts) / 1e6
     held = len(corpus.heldout.encode())
     console.print(f"[bold]text[/]    {corpus.name}: {size:.2f} MB to train on, {held:,} bytes held out")
-    console.print(f"[bold]model[/]   preset {preset.name}: {model.num_parameters() / 1e6:.2f} M parameters")
+    console.print(
+        f"[bold]model[/]   {preset.shape.model}, preset {preset.name}: {model.num_parameters() / 1e6:.2f} M parameters"
+    )
     console.print(f"[bold]run[/]     {recipe.steps:,} steps, {tokens / 1e6:.1f} M tokens, into {output}")
     if recipe.steps < preset.recipe.steps:
         console.print(f"        fewer than the {preset.recipe.steps:,} steps of the preset, to end in time")
-    if recipe.compile and can_compile():
-        console.print("        the first step takes half a minute: the layers are compiled")
     if checkpoint is not None:
         console.print(f"[bold]resume[/]  going on from {checkpoint.name} (--fresh starts anew)")
