@@ -3,9 +3,10 @@ from typing import Any
 
 import pytest
 from transformers import BitNetConfig as PlainConfig
+from transformers import DogeConfig as PlainDoge
 
 from thrifty.errors import ThriftyError
-from thrifty.models import BitNetConfig, ThriftyConfig
+from thrifty.models import BitNetConfig, CheemsConfig, DogeConfig, MatMulFreeConfig, ThriftyConfig
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,29 @@ from thrifty.models import BitNetConfig, ThriftyConfig
         ({"token_mixers": "mamba"}, "token_mixers must be of attention, dynamic_mask, mlgru, ssd; got"),
         ({"token_mixers": []}, "got an empty pattern"),
         ({"token_mixers": ["attention"] * 3}, "must repeat to 8 layers; got 3 entries"),
+        ({"token_mixers": ["ssd", "mlgru", "ssd"]}, "token_mixers must repeat to 8 layers; got 3 entries; make it as"),
+        ({"token_mixers": "dynamic_mask", "keep_window_size": 0}, "keep_window_size must be at least 1; got 0; .*none"),
+        (
+            {"token_mixers": "dynamic_mask", "sliding_window": 64},
+            "sliding_window must be None, as keys .*; got 64; set",
+        ),
+        ({"sliding_window": 64}, "sliding_window must be None"),
+        ({"token_mixers": "dynamic_mask", "dynamic_mask_ratio": 2.0}, r"dynamic_mask_ratio must be in \(0, 1\]"),
+        ({"dynamic_mask_selection": "best"}, "dynamic_mask_selection must be one of none, keep_window"),
+        ({"dt_heads": "query"}, "dt_heads must be one of kv, attention"),
+        ({"residual": "gated"}, "residual must be one of plain, scaled"),
+        ({"feed_forward": "cdmoe", "num_experts": 16_348}, "num_experts must be the square.*got 16348; take 16129 or"),
+        ({"feed_forward": "cdmoe", "num_experts": 16}, "num_experts_per_tok must be 1 to num_experts = 16; got 64"),
+        ({"feed_forward": "cdmoe", "num_experts_heads": 2}, "num_experts_heads must be 1 with router 'linear'; got 2"),
+        (
+            {"feed_forward": "cdmoe", "router": "product_key_heads", "expert_retrieval_size": 7},
+            "expert_retrieval_size must be even, a half for each key; got 7",
+        ),
+        (
+            {"feed_forward": "cdmoe", "router": "product_key_heads", "router_layout": "legacy"},
+            "router_layout 'legacy' is that of router 'linear'; got 'product_key_heads'; use 'per_token'",
+        ),
+        ({"ssd_chunk_size": 0}, "ssd_chunk_size must be a positive integer; got 0"),
         ({"vocab_size": 0}, "vocab_size must be a positive integer; got 0"),
         ({"hidden_size": "big"}, "hidden_size must be a positive integer; got 'big'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type must be 'default'"),
@@ -32,8 +56,45 @@ def test_what_cannot_be_is_refused(fields, message):
         ThriftyConfig(**fields)
 
 
+def test_cheems_has_a_pattern_of_its_own():
+    assert CheemsConfig().token_mixers == (["ssd"] * 7 + ["dynamic_mask"]) * 4
+    assert CheemsConfig(num_hidden_layers=3).mixers == {"ssd"}
+    assert CheemsConfig(attn_layer_period=2, attn_layer_offset=0, num_hidden_layers=2).mixer(0) == "dynamic_mask"
+    with pytest.raises(ThriftyError, match="attn_layer_offset must be at least 0 and below attn_layer_period; got 3"):
+        CheemsConfig(attn_layer_period=2, attn_layer_offset=3)
+
+
+def test_the_seeds_names_of_fields_are_read():
+    config = DogeConfig(
+        hidden_bias=True,
+        is_moe=True,
+        num_cdmoe_experts=64,
+        num_cdmoe_heads=2,
+        num_cdmoe_experts_per_head=4,
+        router="product_key_heads",
+        dynamic_mask_ratio=0.25,
+    )
+    assert (config.attention_bias, config.mlp_bias, config.feed_forward) == (True, True, "cdmoe")
+    assert (config.num_experts, config.num_experts_heads, config.num_experts_per_tok) == (64, 2, 4)
+    assert config.dynamic_mask_selection == "ratio"
+    assert DogeConfig(is_causal=True).mixers == {"attention"}
+    assert DogeConfig().to_dict()["model_type"] == "doge"
+
+
+def test_doge_has_transformers_defaults():
+    theirs = PlainDoge()
+    for name, value in DogeConfig().to_dict().items():
+        if name not in ("head_dim", "transformers_version", "is_moe") and hasattr(theirs, name):
+            assert value == getattr(theirs, name), name
+
+
 def test_saved_and_read_again(tmp_path):
     for config in (
+        DogeConfig(),
+        DogeConfig(is_moe=True, num_experts=64, router_layout="legacy"),
+        DogeConfig(linear="ternary", num_experts=49, feed_forward="cdmoe", num_experts_per_tok=3),
+        CheemsConfig(),
+        MatMulFreeConfig(linear="dense"),
         ThriftyConfig(token_mixers=["attention"] * 4, linear="binary", rope_parameters={"rope_theta": 77.0}),
         BitNetConfig(norm_placement="pre"),
         BitNetConfig(),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models.suite import MIXTURES, QUANTISED, SMALL, close_in_most, small_model, small_tokens
 from torch._dynamo.utils import counters
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from thrifty.errors import ThriftyError
 from thrifty.models import ThriftyConfig, ThriftyForCausalLM, ThriftyModel, round_dense_parameters, save_packed
@@ -84,6 +84,39 @@ def test_sampling_and_beams_run(model, tokens):
     torch.manual_seed(0)
     assert model.generate(tokens, max_new_tokens=4, do_sample=True, top_k=5, eos_token_id=None).shape == (2, 16)
     assert model.generate(tokens, max_new_tokens=4, do_sample=False, num_beams=3, eos_token_id=None).shape == (2, 16)
+
+
+def test_assistants_and_static_caches_serve_attention_and_are_refused_elsewhere(model, tokens):
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    ways = ({"prompt_lookup_num_tokens": 2}, {"cache_implementation": "static"}, {"assistant_model": model})
+    rows = tokens[:1]
+    expected = model.generate(rows, **options)
+    for way in ways:
+        if model.config.is_stateful:
+            with pytest.raises(ThriftyError, match="give.* tokens back.* keep a bounded state; generate without"):
+                model.generate(rows, **options, **way)
+        elif "dense" in str(model.config.linear):
+            assert torch.equal(model.generate(rows, **options, **way), expected)
+        else:  # a code can fall on the other side
+            assert model.generate(rows, **options, **way).shape == expected.shape
+
+
+def test_a_static_cache_is_refused_by_name():
+    model = small_model("all-four")
+    with pytest.raises(
+        ThriftyError, match="static caches need a cache that gives tokens back, and dynamic_mask, mlgru"
+    ):
+        model(small_tokens(), past_key_values=StaticCache(config=model.config, max_cache_len=32))
+    with pytest.raises(ThriftyError, match=r"read a mask of padding \[B, S\]; got 4 dimensions"):
+        model(small_tokens(), attention_mask=torch.ones(2, 1, 12, 12, dtype=torch.bool))
+
+
+def test_the_vocabulary_can_grow(model, tokens):
+    before = logits(model, tokens)
+    model.resize_token_embeddings(120)
+    after = logits(model, tokens)
+    assert after.shape[-1] == 120
+    torch.testing.assert_close(after[..., :97], before)
 
 
 def test_checkpointing_changes_no_gradient(model, tokens):

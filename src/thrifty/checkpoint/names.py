@@ -46,34 +46,61 @@ class TensorInfo:
     required: bool = True
 
 
-def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """[out, in] of every linear of a layer, by its name in the layer."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    shapes = {
-        "self_attn.q_proj": (config.q_size, hidden),
-        "self_attn.k_proj": (config.kv_size, hidden),
-        "self_attn.v_proj": (config.kv_size, hidden),
-        "self_attn.o_proj": (hidden, config.q_size),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
+def linear_shapes(config: DecoderConfig, layer: int = 0) -> dict[str, tuple[int, int]]:
+    """[out, in] of every linear of a layer that can be low-bit, by its name in the layer."""
+    hidden, inner, q, kv = config.hidden_size, config.intermediate_size, config.q_size, config.kv_size
+    mixers = {
+        "attention": {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)},
+        "mlgru": dict.fromkeys(("f_proj", "c_proj", "g_proj", "o_proj"), (hidden, hidden)),
+        "ssd": {**dict.fromkeys(("x_proj", "b_proj", "c_proj"), (q, hidden)), "o_proj": (hidden, q)},
     }
+    mixers["dynamic_mask"] = mixers["attention"]
+    shapes = {f"self_attn.{name}": shape for name, shape in mixers[config.mixer(layer)].items()}
+    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
     if config.feed_forward == "mlp":
         del shapes["mlp.gate_proj"]
     return shapes
 
 
-def norm_sizes(config: DecoderConfig) -> dict[str, int]:
+def norm_sizes(config: DecoderConfig, layer: int = 0) -> dict[str, int]:
     """Features of every norm of a layer, by its name in the layer."""
+    mixer = config.mixer(layer)
     sizes = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
     if config.norm_placement == "sub_ln":
-        sizes |= {"self_attn.attn_sub_norm": config.q_size, "mlp.ffn_sub_norm": config.intermediate_size}
+        sizes["self_attn.attn_sub_norm"] = config.hidden_size if mixer == "mlgru" else config.q_size
+        if config.experts is None:
+            sizes["mlp.ffn_sub_norm"] = config.intermediate_size
+    if mixer == "dynamic_mask" and config.qk_norm:
+        sizes |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
     return sizes
+
+
+def dense_shapes(config: DecoderConfig, layer: int = 0) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's tensors that are neither norms nor low-bit linears, by their full names in the layer."""
+    hidden, mixer, shapes = config.hidden_size, config.mixer(layer), {}
+    if mixer in ("dynamic_mask", "ssd"):
+        heads = config.score_heads if mixer == "dynamic_mask" else config.num_attention_heads
+        read = config.kv_size if mixer == "dynamic_mask" else hidden
+        shapes["self_attn.A" if mixer == "dynamic_mask" else "self_attn.A_log"] = (heads,)
+        shapes["self_attn.dt_proj.weight"] = (heads, read)
+        if config.attention_bias:
+            shapes["self_attn.dt_proj.bias"] = (heads,)
+    if config.residual == "scaled":
+        shapes |= {"input_residual": (hidden,), "post_attention_residual": (hidden,)}
+    experts = config.experts
+    if experts is not None:
+        if experts.router == "linear":
+            shapes["mlp.router_gate.weight"] = (2 * experts.keys, hidden)
+        else:
+            shapes["mlp.queries.weight"] = (experts.heads * experts.retrieval, hidden)
+            shapes["mlp.keys"] = (experts.heads, experts.keys, 2, experts.retrieval // 2)
+        shapes |= dict.fromkeys(("mlp.down_embed.weight", "mlp.up_embed.weight"), (experts.count, hidden))
+    return shapes
 
 
 def has_bias(config: DecoderConfig, linear: str) -> bool:
     """Whether a linear of a layer has a bias."""
-    return config.attention_bias and linear.startswith("self_attn.")
+    return config.attention_bias if linear.startswith("self_attn.") else config.mlp_bias
 
 
 def expected_tensors(config: DecoderConfig) -> dict[str, TensorInfo]:
@@ -86,9 +113,11 @@ def expected_tensors(config: DecoderConfig) -> dict[str, TensorInfo]:
         tensors[HEAD] = TensorInfo((config.vocab_size, config.hidden_size))
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
-        for norm, size in norm_sizes(config).items():
+        for norm, size in norm_sizes(config, layer).items():
             tensors[f"{prefix}{norm}.weight"] = TensorInfo((size,))
-        for linear, shape in linear_shapes(config).items():
+        for name, shape in dense_shapes(config, layer).items():
+            tensors[prefix + name] = TensorInfo(shape)
+        for linear, shape in linear_shapes(config, layer).items():
             tensors |= _linear_tensors(config, prefix + linear, shape)
             if has_bias(config, linear):
                 tensors[f"{prefix}{linear}.bias"] = TensorInfo((shape[0],))

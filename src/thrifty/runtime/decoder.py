@@ -9,6 +9,7 @@ import numpy as np
 
 from thrifty import native
 from thrifty.checkpoint import DecoderConfig, Folder
+from thrifty.errors import ThriftyError
 from thrifty.runtime.cache import NativeCache
 from thrifty.runtime.fallback import NumpyDecoder
 from thrifty.runtime.program import DecoderProgram, Options, fastest_format
@@ -20,6 +21,21 @@ HEAD_ROWS = 32
 
 #: Storage of keys and values by the `cache_bits` of `load`.
 CACHE_DTYPES = {32: "F32", 16: "F16", 8: "I8"}
+
+
+def check_runnable(config: DecoderConfig) -> None:
+    """Raises ThriftyError for layers that the runtime has no op for."""
+    found = [mixer for mixer in dict.fromkeys(config.mixers) if mixer != "attention"]
+    for there, what in (
+        (config.experts is not None, "experts"),
+        (config.residual == "scaled", "scaled residuals"),
+        (config.mlp_bias, "biases in the feed-forward"),
+    ):
+        found += [what] if there else []
+    if found:
+        raise ThriftyError(
+            f"[load] the runtime has layers of attention; got {', '.join(found)}; run the model in torch"
+        )
 
 
 class Decoder(Protocol):

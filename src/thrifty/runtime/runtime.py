@@ -12,7 +12,7 @@ from thrifty.checkpoint import DecoderConfig, Folder, open_folder
 from thrifty.errors import ThriftyError, ThriftyWarning
 from thrifty.runtime.cache import Cache, shared_prefix
 from thrifty.runtime.chat_template import PLAIN_CHAT_STOPS, chosen_template, render_chat
-from thrifty.runtime.decoder import CACHE_DTYPES, Decoder, make_decoder
+from thrifty.runtime.decoder import CACHE_DTYPES, Decoder, check_runnable, make_decoder
 from thrifty.runtime.drafting import Drafter, Drafting
 from thrifty.runtime.generation import Continuation, Defaults
 from thrifty.runtime.prompt_cache import PromptCache
@@ -46,6 +46,7 @@ def load(
     """
     folder = open_folder(path)
     config = folder.config
+    check_runnable(config)
     if weight_format not in WEIGHT_FORMATS:
         raise ThriftyError(f"[load] weight_format must be one of {', '.join(WEIGHT_FORMATS)}; got {weight_format!r}")
     if n_threads is not None and n_threads < 1:
