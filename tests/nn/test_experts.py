@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,17 @@ ROUTERS = [{"router": "linear"}, {"router": "product_key_heads", "n_experts_head
 
 def layer(**options) -> nn.CDMoE:
     torch.manual_seed(0)
-    defaults = {"d_ff": 24, "d_private_expert_retrieval": 8, "n_experts": 64, "n_experts_per_head": 5}
+    defaults: dict[str, Any] = {"d_ff": 24, "d_private_expert_retrieval": 8, "n_experts": 64, "n_experts_per_head": 5}
     return nn.CDMoE(16, "silu", **(defaults | options))
 
 
 def test_the_seeds_call_with_either_names():
     x = torch.rand(2, 16, 64)
-    for sizes in ({"d_ff": 256, "d_private_expert_retrieval": 64}, {"d_cd": 256, "d_expert_retrieval": 64}):
+    names: list[dict[str, Any]] = [
+        {"d_ff": 256, "d_private_expert_retrieval": 64},
+        {"d_cd": 256, "d_expert_retrieval": 64},
+    ]
+    for sizes in names:
         moe = nn.CDMoE(d_model=64, act_fn="silu", n_experts=64, n_experts_heads=1, n_experts_per_head=2, **sizes)
         assert moe(x).shape == x.shape
         assert moe.gate_proj.out_features == 256
@@ -35,7 +40,7 @@ def test_it_is_what_the_spec_says(options):
     else:
         queries = moe.queries(rows).view(-1, 2, 2, 4)
         scores = [torch.einsum("thr,hkr->thk", queries[:, p], moe.keys[:, :, p]) for p in (0, 1)]
-    sums, indices = spec.product_key_topk(*(s.detach().numpy() for s in scores), 5)
+    sums, indices = spec.product_key_topk(scores[0].detach().numpy(), scores[1].detach().numpy(), 5)
     weights = torch.from_numpy(sums).softmax(-1).flatten(1).numpy()
     tables = (moe.down_embed.weight.detach().numpy(), moe.up_embed.weight.detach().numpy())
     args = (rows.numpy(), indices.reshape(6, -1), weights, *tables, spec.ACTIVATIONS["silu"])
@@ -111,7 +116,8 @@ def test_load_balance_loss_is_that_of_transformers(padded):
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[1, :3] = not padded
     loss = nn.load_balance_loss(logits, 5, mask if padded else None)
-    expected = modeling_doge.load_balancing_loss_func(tuple(logits), 64, 8, 5, mask.long() if padded else None)
+    their_mask: Any = mask.long() if padded else None
+    expected: Any = modeling_doge.load_balancing_loss_func(tuple(logits), 64, 8, 5, their_mask)  # pyright: ignore
     torch.testing.assert_close(loss, expected)
     grads = [torch.autograd.grad(x, logits, retain_graph=True) for x in (loss, expected)]
     torch.testing.assert_close(*grads)
