@@ -16,6 +16,7 @@ BAD_ARGUMENT, BAD_FORMAT, BAD_CODE, UNKNOWN_ISA = 1, 2, 3, 4
 FUNCTIONS = (
     *("pack_size", "cache_size", "cache_copy", "isa_select", "buffer", "cache_evict", "pack", "unpack", "repack"),
     *("ternary_matmul", "quantize_per_token", "rms_norm", "glu", "read_bandwidth", "int8_peak", "run"),
+    *("product_key_topk", "product_key_experts"),
 )
 #: In the order of `Check` in the driver.
 GIVEN, EXACT, CLOSE, ANY, CACHE = range(5)
@@ -173,6 +174,33 @@ def glu_case(rng: np.random.Generator, count: int, act: str) -> Case:
     return case
 
 
+def topk_case(rng: np.random.Generator, n: int, k: int) -> Case:
+    case, sides = Case(f"product_key_topk {k} of {n}"), rng.standard_normal((2, 3, n + 1)).astype(np.float32)
+    sides[:, 1] = 0
+    sums, numbers = spec.product_key_topk(*sides[:, :, :n], k)
+    # The last row ends with its last score.
+    x, y = (case.given(side.ravel()[:-1]) for side in sides)
+    case.call("product_key_topk", x, n + 1, y, n + 1, 3, n, k, case.exact(sums), case.exact(numbers))
+    return case
+
+
+def experts_case(rng: np.random.Generator, n: int, k: int, d: int, act: str) -> Case:
+    case, experts = Case(f"product_key_experts {act} {n}x{k}x{d}"), 50
+    x, down, up = (rng.standard_normal((rows, d)).astype(np.float32) for rows in (n, experts, experts))
+    indices, weights = rng.integers(0, experts, (n, k)), rng.standard_normal((n, k)).astype(np.float32)
+    indices[-1, -1] = experts - 1
+    hidden = np.einsum("td,tkd->tk", x, down[indices])
+    y = spec.product_key_experts(x, indices, weights, down, up, spec.ACTIVATIONS[act])
+    x_at, at, w_at, down_at, up_at = (case.given(a) for a in (x, indices, weights, down, up))
+    sizes, there = (n, k, d, experts), case.close(hidden)
+    tables = (DTYPE_IDS["F32"], ACTIVATION_IDS[act])
+    case.call("product_key_experts", x_at, at, w_at, down_at, up_at, *tables, *sizes, there, case.close(y))
+    case.call("product_key_experts", x_at, at, NULL, down_at, NULL, *tables, *sizes, case.close(hidden), NULL)
+    mixed = case.close(np.einsum("tk,tkd->td", weights, up[indices]))
+    case.call("product_key_experts", NULL, at, w_at, NULL, up_at, *tables, *sizes, NULL, mixed)
+    return case
+
+
 def memory_cases() -> Iterator[Case]:
     for nbytes in (64, 65, 64 * 5 + 13, 100_000):
         case, buffer = Case(f"read_bandwidth of {nbytes} bytes"), np.ones(nbytes, np.uint8)
@@ -223,6 +251,9 @@ def single_cases(rng: np.random.Generator) -> Iterator[Case]:
     yield glu_case(rng, 20_001, "silu")
     shapes = (1, 2, 0), (1, 2, 1), (2, 18, 17), (3, 64, 128)
     yield from (cache_copy_case(rng, dtype, *shape) for dtype in ("F32", "F16", "I8") for shape in shapes)
+    yield from (topk_case(rng, n, k) for n in UGLY for k in (1, 7, 64, 512) if k <= n * n)
+    shapes = (1, 1), (3, 7), (70, 64)
+    yield from (experts_case(rng, *shape, d, act) for shape in shapes for d in UGLY for act in ("silu", "relu"))
     yield from memory_cases()
 
 
@@ -282,6 +313,19 @@ def refused_cases() -> Iterator[Case]:
         case.call("rms_norm", *numbers, floats=(1e-5,), result=BAD_ARGUMENT)
     for numbers in ((NULL, a, 0, 8, a), (a, a, 0, 8, NULL), (a, a, -1, 8, a), (a, a, 5, 8, a), (a, a, 0, -1, a)):
         case.call("glu", *numbers, result=BAD_ARGUMENT)
+    topk = [a, 4, a, 4, 1, 4, 2, a, a]
+    for at, value in ((0, NULL), (2, NULL), (7, NULL), (8, NULL), (1, 3), (3, 3), (4, -1), (5, 0), (6, 0), (6, 17)):
+        numbers = [value if i == at else number for i, number in enumerate(topk)]
+        case.call("product_key_topk", *numbers, result=BAD_ARGUMENT)
+    experts = [a, a, a, a, a, 0, 0, 1, 1, 4, 1, a, a]
+    wrong = ((0, NULL), (1, NULL), (2, NULL), (6, 5), (7, -1), (8, 0), (9, 0), (10, 0), (11, NULL), (12, NULL))
+    for at, value in wrong:
+        numbers = [value if i == at else number for i, number in enumerate(experts)]
+        case.call("product_key_experts", *numbers, result=BAD_ARGUMENT)
+    case.call("product_key_experts", a, a, a, NULL, NULL, *experts[5:], result=BAD_ARGUMENT)
+    case.call("product_key_experts", *experts[:5], 3, *experts[6:], result=BAD_FORMAT)
+    ones = case.given(np.ones(1, np.int64))
+    case.call("product_key_experts", a, ones, *experts[2:], result=BAD_ARGUMENT)
     for numbers in ((NULL, 64, 0, 1), (a, 63, 0, 1), (a, 64, -1, 1), (a, 64, 3, 1), (a, 64, 0, 0)):
         case.call("read_bandwidth", *numbers, result=BAD_ARGUMENT)
     for rate, seconds in ((0, 1e-4), (1, 0.0), (1, -1.0), (1, np.nan)):

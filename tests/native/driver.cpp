@@ -217,7 +217,9 @@ enum Function : int64_t {
   kGlu,
   kReadBandwidth,
   kInt8Peak,
-  kRun
+  kRun,
+  kProductKeyTopk,
+  kProductKeyExperts
 };
 
 int64_t run_call(const Call& call, const Memory& memory, int threads) {
@@ -246,6 +248,13 @@ int64_t run_call(const Call& call, const Memory& memory, int threads) {
       });
     case kInt8Peak: return rate_of(a(0), [&](double* rate) { return thrifty_int8_peak(threads, call.f[0], rate); });
     case kRun: return run_program(a, threads);
+    case kProductKeyTopk:
+      return thrifty_product_key_topk(a.p<float>(0), a(1), a.p<float>(2), a(3), a(4), a(5), a(6), a.p<float>(7),
+                                      a.p<int64_t>(8), threads);
+    case kProductKeyExperts:
+      return thrifty_product_key_experts(a.p<float>(0), a.p<int64_t>(1), a.p<float>(2), a.p<void>(3), a.p<void>(4),
+                                         a.i(5), a.i(6), a(7), a(8), a(9), a(10), a.p<float>(11), a.p<float>(12),
+                                         threads);
     default: fail("no function " + std::to_string(call.function));
   }
 }
