@@ -4,20 +4,16 @@
 
 Results are checked before they are timed: the layer with the legacy layout of scores against transformers', the routed
 part against rows gathered by torch. Then medians of forward passes without gradients, peers taking turns, the inputs
-another each time. Tables lie on huge pages, as THP_MEM_ALLOC_ENABLE=1 asks of torch; set it to 0 to see what that
-brings. "experts" is the op from given numbers and weights on, "router" what finds them; "memory" is what
-the process gained at its peak over what it held with the layer made.
+another each time. "experts" is the op from given numbers and weights on, "router" what finds them; "memory" is what the
+process gained at its peak over what it held with the layer made. With THP_MEM_ALLOC_ENABLE=1 in the environment torch
+asks for huge pages, for tables and temporaries alike.
 """
 
 import argparse
-import os
 import resource
 import sys
 import warnings
 from collections.abc import Callable
-
-# torch reads it once, at its first allocation.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch
@@ -74,32 +70,37 @@ def beside_transformers(n_experts: int, inputs: list[Tensor], rounds: int) -> No
     print(f"{n_experts:9} {mine:10.2f} ms {peer:12.2f} ms {peer / mine:10.1f} x")
 
 
+def routed_part(n_experts: int, inputs: list[Tensor], rounds: int) -> tuple[list[float], float]:
+    """Milliseconds of experts, router and both, and MiB that the process gained at its peak."""
+    layer = make_layer(n_experts)
+    tables = layer.down_embed.weight, layer.up_embed.weight
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    chosen = {id(x): retrieve(layer.router_scores(x), CHOSEN) for x in inputs}
+
+    def experts(x: Tensor) -> Tensor:
+        weights, indices = chosen[id(x)]
+        return ops.product_key_experts(x[0], indices, weights, *tables, "silu")
+
+    def router(x: Tensor) -> object:
+        return retrieve(layer.router_scores(x), CHOSEN)
+
+    def everything(x: Tensor) -> Tensor:
+        return layer.experts(x, layer.router_scores(x))
+
+    x = inputs[0]
+    weights, indices = chosen[id(x)]
+    rows = [layer.down_embed(indices[:8]), layer.up_embed(indices[:8])]
+    hidden = torch.nn.functional.silu((rows[0] @ x[0, :8, :, None])[..., 0]) * weights[:8]
+    check(f"{n_experts} experts", everything(x)[0, :8], (hidden[:, None] @ rows[1])[:, 0])
+    took = medians([experts, router, everything], inputs, rounds)
+    return took, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
 def by_experts(sizes: list[int], inputs: list[Tensor], rounds: int) -> None:
+    routed_part(sizes[0], inputs, 2)  # what is allocated once
     first: list[float] = []
     for n_experts in sizes:
-        layer = make_layer(n_experts)
-        tables = layer.down_embed.weight, layer.up_embed.weight
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        chosen = {id(x): retrieve(layer.router_scores(x), CHOSEN) for x in inputs}
-
-        def experts(x: Tensor) -> Tensor:
-            weights, indices = chosen[id(x)]  # noqa: B023
-            return ops.product_key_experts(x[0], indices, weights, *tables, "silu")  # noqa: B023
-
-        def everything(x: Tensor) -> Tensor:
-            return layer.experts(x, layer.router_scores(x))  # noqa: B023
-
-        x = inputs[0]
-        weights, indices = chosen[id(x)]
-        rows = [layer.down_embed(indices[:8]), layer.up_embed(indices[:8])]
-        hidden = torch.nn.functional.silu((rows[0] @ x[0, :8, :, None])[..., 0]) * weights[:8]
-        check(f"{n_experts} experts", everything(x)[0, :8], (hidden[:, None] @ rows[1])[:, 0])
-        took = medians(
-            [experts, lambda x: retrieve(layer.router_scores(x), CHOSEN), everything],  # noqa: B023
-            inputs,
-            rounds,
-        )
-        gained = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        took, gained = routed_part(n_experts, inputs, rounds)
         first = first or took
         ratios = " ".join(f"{new / old:7.2f}" for new, old in zip(took, first, strict=True))
         print(f"{n_experts:9} {took[0]:10.2f} {took[1]:8.2f} {took[2]:8.2f}    {ratios}   {gained:6.1f} MiB")
