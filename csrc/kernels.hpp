@@ -101,8 +101,9 @@ struct Attention {
 
 /// Positions of a chunk: src/thrifty/spec/attention.py.
 constexpr size_t kChunk = 256;
-/// Queries that are held against a chunk of keys at once.
+/// Queries that are held against a chunk of keys at once: where few read a cache, and where a stretch of it is made.
 constexpr size_t kQueries = 8;
+constexpr size_t kBlockQueries = 32;
 
 /// What an instruction set brings. Ranges are tiles of the matrix, and rows of x.
 ///

@@ -54,7 +54,7 @@ struct Queries {
 
 /// scores[i][s] = q_i . k_s over the sixteen positions of kBlocks blocks; every sum runs over d in order. While keys
 /// are scored, as many bytes at `ahead` are fetched: the values of the chunk, and while those are mixed, the next keys.
-template <class V, class T, int kCount, int kBlocks>
+template <class V, class T, int kCount, int kBlocks, bool kFetch = true>
 void score_blocks(const float* const* q, const T* k, const T* ahead, size_t d, float (*scores)[kChunk]) {
   typename V::F acc[kCount][kBlocks];
   for (auto& row : acc)
@@ -63,7 +63,7 @@ void score_blocks(const float* const* q, const T* k, const T* ahead, size_t d, f
     typename V::F keys[kBlocks];
     for (int b = 0; b < kBlocks; ++b) {
       const size_t at = (size_t(b) * d + i) * 16;
-      if (i % (64 / sizeof(T) / 16) == 0) prefetch_far(ahead + at);
+      if (kFetch && i % (64 / sizeof(T) / 16) == 0) prefetch_far(ahead + at);
       keys[b] = V::load(k + at);
     }
     for (int j = 0; j < kCount; ++j) {

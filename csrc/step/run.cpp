@@ -132,6 +132,8 @@ class Work {
     const bool norm = !codes || flag(THRIFTY_NORM);
     const TokenRows t{p<const float>(0), p<const float>(1), op_.f[0], norm, n(0), n(1), p<int8_t>(2), n(2),
                       p<float>(3),       p<float>(2)};
+    const auto run = codes ? kernels_.quantize : kernels_.rms_norm;
+    if (!flag(THRIFTY_GATHER) && !is_private()) return run(t, rows.first, rows.end);
     for (size_t row = rows.first; row < rows.end; ++row) {
       TokenRows one = t;
       const size_t to = row + own;
@@ -139,11 +141,10 @@ class Work {
       if (codes) {
         one.codes += to * t.stride;
         one.scales += to;
-        kernels_.quantize(one, 0, 1);
       } else {
         one.y += to * t.stride;
-        kernels_.rms_norm(one, 0, 1);
       }
+      run(one, 0, 1);
     }
   }
 
@@ -186,7 +187,10 @@ class Work {
 
   /// Rows of one sequence from `row` on that are held against its cache together.
   size_t block_rows(size_t row) const {
-    const size_t group = n(0) / n(1), most = group < kQueries ? kQueries / group : 1;
+    // As many as share the widening of a chunk, where that leaves parts enough for the threads.
+    const bool wide = rows_ * n(0) >= 4 * kQueries * kPartsPerThread * threads_;
+    const size_t group = n(0) / n(1), queries = wide ? kBlockQueries : kQueries;
+    const size_t most = group < queries ? queries / group : 1;
     size_t end = row + 1;
     while (end < rows_ && end - row < most && batch_.slots[end] == batch_.slots[row]) ++end;
     return end - row;

@@ -298,6 +298,29 @@ class TestAttention:
                 one = self.attend(shape, dtype, parts[2:], threads, new[2:], places, split)
                 np.testing.assert_array_equal(one, alone[2])
 
+    @pytest.mark.parametrize("dtype", ["F32", "F16", "I8"])
+    @pytest.mark.parametrize("shape", [(8, 2, 48), (20, 5, 128), (6, 6, 18), (9, 1, 80), (4, 1, 300)])
+    def test_a_stretch_has_the_bits_of_its_rows(self, isa, dtype, shape):
+        heads, kv_heads, d = shape
+        rng = np.random.default_rng(2)
+        width = (heads + 2 * kv_heads) * d + 3
+        before, rows = 250, 150
+        # Wide enough a step for blocks of queries with one thread, and narrower ones with more.
+        stretch = rng.normal(size=(before + rows, width)).astype(np.float32)
+        sequence, alone = Sequence(dtype, kv_heads, d, 448), Sequence(dtype, kv_heads, d, 448)
+        first = [
+            self.attend(shape, dtype, [(0, i, 1)], 1, stretch[i : i + 1], [alone.place]) for i in range(len(stretch))
+        ]
+        for threads in (1, 2, 3, 7):
+            sequence.memory[:] = 0xFF
+            parts = ((0, before), (before, 3), (before + 3, rows - 3)) if threads > 1 else ((0, len(stretch)),)
+            got = [
+                self.attend(shape, dtype, [(0, start, n)], threads, stretch[start : start + n], [sequence.place])
+                for start, n in parts
+            ]
+            np.testing.assert_array_equal(np.concatenate(got), np.concatenate(first))
+            sequence.check()
+
 
 class TestRefusals:
     def op(self) -> Op:
