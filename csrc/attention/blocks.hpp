@@ -34,7 +34,7 @@ template <class V, class T>
 void score_chunk(QueryBlock& set, const T* k, size_t d, size_t start, size_t active) {
   for (size_t from = 0; from < set.seen(set.count - 1, start); from += 32, k += 32 * d) {
     for (size_t i = 0; i < 32 * d; i += 16) V::store(set.keys + i, V::load(k + i));
-    in_runs<V::kBlocks != 1>(set.count - active, [&](auto n, size_t first) {
+    in_runs<V::kBlocks == 1 ? 4 : 8>(set.count - active, [&](auto n, size_t first) {
       first += active;
       if (from >= set.seen(first + n() - 1, start)) return;
       constexpr int kAtOnce = V::kBlocks > 1 ? 2 : 1;
@@ -94,7 +94,7 @@ void mix_chunk(QueryBlock& set, const T* v, size_t d, size_t start, size_t activ
         V::store(set.values + s * kBlockFeatures + i, V::load(v + s * stride + feature + i));
       }
     }
-    in_runs<V::kBlocks != 1>(set.count - active, [&](auto n, size_t first) {
+    in_runs<V::kBlocks == 1 ? 4 : 8>(set.count - active, [&](auto n, size_t first) {
       first += active;
       constexpr int kAtOnce = V::kBlocks > 1 ? 2 : 1;
       if (width == 16 * kAtOnce) return mix_block<V, n(), kAtOnce>(set, first, start, set.values, feature, d);
@@ -108,14 +108,12 @@ void mix_chunk(QueryBlock& set, const T* v, size_t d, size_t start, size_t activ
 template <class V, class T>
 void attend_block(const Attention& a, const HeadCache& cache, QueryBlock& set) {
   const size_t d = a.shape.head_dim;
-  const bool int8 = sizeof(T) == 1;
   for (size_t start = 0; start < set.length[set.count - 1]; start += kChunk) {
     size_t active = 0;
     while (set.length[active] <= start) ++active;
     score_chunk<V>(set, reinterpret_cast<const T*>(cache.k) + start * d, d, start, active);
     for (size_t i = active; i < set.count; ++i) {
-      const Softmax part = weigh<V>(set.scores[i], set.seen(i, start), a.scale, int8 ? cache.k_scales + start : nullptr,
-                                    int8 ? cache.v_scales + start : nullptr);
+      const Softmax part = weigh<V>(set.scores[i], set.seen(i, start), a.scale);
       if (start == 0) {
         set.total[i] = part;
       } else {
@@ -130,16 +128,16 @@ void attend_block(const Attention& a, const HeadCache& cache, QueryBlock& set) {
 
 template <class V>
 void attend_block(const Attention& a, const HeadCache& cache, QueryBlock& set) {
-  if (a.shape.dtype == THRIFTY_INT8) return attend_block<V, int8_t>(a, cache, set);
   if (a.shape.dtype == THRIFTY_F16) return attend_block<V, Half>(a, cache, set);
   attend_block<V, float>(a, cache, set);
 }
 
-/// `attend_rows` with the same bits: many queries in blocks.
+/// `attend_rows` with the same bits: many queries in blocks, where there is anything to widen.
 template <class V>
 void attend_many(const Attention& a, size_t row, size_t rows, size_t kv_head) {
   const Heads& h = a.shape;
-  if (rows * group_of(h) <= kQueries || h.head_dim > kBlockHeadDim) return attend_rows<V>(a, row, rows, kv_head);
+  const bool few = rows * group_of(h) <= kQueries || h.head_dim > kBlockHeadDim;
+  if (few || h.dtype == THRIFTY_INT8) return attend_rows<V>(a, row, rows, kv_head);
   const HeadCache cache(h, a.batch->caches[a.batch->slots[row]], kv_head);
   QueryBlock set;
   for (size_t r = row; r < row + rows; ++r) {

@@ -47,8 +47,8 @@ def run(op: Op | list[Op], rows: int, n_threads: int = 1, outputs=(), positions=
     program.run(rows, len(outputs), caches or [(memory.ctypes.data, native.CACHE_BLOCK)])
 
 
-def close(actual: np.ndarray, expected: np.ndarray) -> None:
-    assert np.abs(actual - expected).max() <= TOLERANCE * max(np.abs(expected).max(), 1e-30)
+def close(actual: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE) -> None:
+    assert np.abs(actual - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-30)
 
 
 def activated(name: str, x: np.ndarray) -> np.ndarray:
@@ -218,12 +218,7 @@ class Sequence:
 
     def stored(self, x: np.ndarray) -> np.ndarray:
         """Values float32 [T, kv_heads, d] after a stay in the cache."""
-        if self.dtype == "F32":
-            return x
-        if self.dtype == "F16":
-            return x.astype(np.float16).astype(np.float32)
-        codes, scales = spec.quantize_per_token(x.reshape(-1, x.shape[-1]), norm=False)
-        return (codes * scales[:, None]).reshape(x.shape)
+        return x.astype(np.float16).astype(np.float32) if self.dtype == "F16" else x
 
     def check(self) -> None:
         assert (self.memory[self.nbytes :] == 0xFF).all()
@@ -269,14 +264,15 @@ class TestAttention:
         q, k = qkv[:, : heads * d].reshape(length, heads, d), qkv[:, heads * d + 3 :][:, : kv_heads * d]
         q, k = spec.apply_rope(q, cos, sin), spec.apply_rope(k.reshape(length, kv_heads, d), cos, sin)
         v = qkv[:, heads * d + 3 + kv_heads * d :].reshape(length, kv_heads, d)
-        expected = spec.attention(q, sequence.stored(k), sequence.stored(v), 0).reshape(length, -1)
+        exactly = spec.attention_int8 if dtype == "I8" else spec.attention
+        expected = exactly(q, sequence.stored(k), sequence.stored(v), 0).reshape(length, -1)
         got = []
         for first, stop in ((0, 1), (1, 64), (64, 257), (257, length - 1), (length - 1, length)):
             part = [(0, first, stop - first)]
             threads = 2 if first % 2 else 3
             got.append(self.attend(shape, dtype, part, threads, qkv[first:stop], [sequence.place]))
         sequence.check()
-        close(np.concatenate(got), expected)
+        close(np.concatenate(got), expected, spec.TOLERANCES["int8" if dtype == "I8" else "float32"])
 
     @pytest.mark.parametrize("dtype", ["F16", "I8"])
     def test_bits_depend_on_neither_threads_nor_batch(self, isa, dtype):
@@ -320,6 +316,12 @@ class TestAttention:
             ]
             np.testing.assert_array_equal(np.concatenate(got), np.concatenate(first))
             sequence.check()
+
+
+def test_a_head_that_eight_bits_do_not_take():
+    assert native.cache_nbytes("I8", 1, 1, 1024, 64) > 0
+    with pytest.raises(ThriftyError, match="1024"):
+        native.cache_nbytes("I8", 1, 1, 1026, 64)
 
 
 class TestRefusals:
