@@ -117,8 +117,13 @@ struct ProductKeyExperts {
 
 /// Positions of a chunk: src/thrifty/spec/attention.py.
 constexpr size_t kChunk = 256;
-/// Queries that are held against a chunk of keys at once.
+/// Largest head of an int8 cache, so that a sum of d products of codes is exact as a float, and code of a weight, so
+/// that a sum of 256 products stays in int32.
+constexpr size_t kMostInt8Dim = 1024;
+constexpr int kMostWeight = 32512;
+/// Queries that are held against a chunk of keys at once: where few read a cache, and where a stretch of it is made.
 constexpr size_t kQueries = 8;
+constexpr size_t kBlockQueries = 32;
 
 /// What an instruction set brings. Ranges are tiles of the matrix, and rows of x.
 ///
@@ -133,8 +138,8 @@ struct Kernels {
   void (*rope_cache)(const RopeCache&, size_t first_item, size_t end_item);
   /// Rows of one sequence and one kv head over the whole cache.
   void (*attend)(const Attention&, size_t row, size_t rows, size_t kv_head);
-  /// One row and kv head over one chunk, into the scratch; and the merge of a row's chunks.
-  void (*attend_chunk)(const Attention&, size_t row, size_t kv_head, size_t chunk);
+  /// One row and kv head over some chunks, into the scratch; and the merge of a row's chunks.
+  void (*attend_chunks)(const Attention&, size_t row, size_t kv_head, size_t first_chunk, size_t end_chunk);
   void (*merge_chunks)(const Attention&, size_t row, size_t kv_head);
   void (*glu)(const float* gate, const float* up, int activation, size_t count, float* y);
   void (*product_key_experts)(const ProductKeyExperts&, size_t first_row, size_t end_row);
@@ -153,15 +158,15 @@ const Kernels& kernels();
   void matmul_i8(const TernaryMatmul& m, size_t first, size_t end);    \
   void matmul_i4(const TernaryMatmul& m, size_t first, size_t end);    \
   }
-#define THRIFTY_STEP(isa)                                                          \
-  namespace isa {                                                                  \
-  void float_matmul(const FloatMatmul& m, size_t first, size_t end);               \
-  void rope_cache(const RopeCache& r, size_t first, size_t end);                   \
-  void attend(const Attention& a, size_t row, size_t rows, size_t kv_head);        \
-  void attend_chunk(const Attention& a, size_t row, size_t kv_head, size_t chunk); \
-  void merge_chunks(const Attention& a, size_t row, size_t kv_head);               \
-  void glu(const float* gate, const float* up, int act, size_t count, float* y);   \
-  void product_key_experts(const ProductKeyExperts& e, size_t first, size_t end);  \
+#define THRIFTY_STEP(isa)                                                                       \
+  namespace isa {                                                                               \
+  void float_matmul(const FloatMatmul& m, size_t first, size_t end);                            \
+  void rope_cache(const RopeCache& r, size_t first, size_t end);                                \
+  void attend(const Attention& a, size_t row, size_t rows, size_t kv_head);                     \
+  void attend_chunks(const Attention& a, size_t row, size_t kv_head, size_t first, size_t end); \
+  void merge_chunks(const Attention& a, size_t row, size_t kv_head);                            \
+  void glu(const float* gate, const float* up, int act, size_t count, float* y);                \
+  void product_key_experts(const ProductKeyExperts& e, size_t first, size_t end);               \
   }
 #define THRIFTY_QUANTIZE(isa)                                     \
   namespace isa {                                                 \

@@ -34,5 +34,16 @@ inline void prefetch_far(const void* address) {
 #endif
 }
 
+/// The same for a line that will be written.
+inline void prefetch_write(const void* address) {
+#if defined(_MSC_VER) && defined(_M_X64)
+  _m_prefetchw(address);
+#elif defined(_MSC_VER)
+  __prefetch(address);
+#else
+  __builtin_prefetch(address, 1);
+#endif
+}
+
 }  // namespace
 }  // namespace thrifty

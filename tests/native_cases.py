@@ -49,9 +49,9 @@ class Case:
     def exact(self, expected: np.ndarray, start: np.ndarray | None = None) -> int:
         return self._add(EXACT, poison(expected) if start is None else start, expected)
 
-    def close(self, expected: np.ndarray, start: np.ndarray | None = None) -> int:
+    def close(self, expected: np.ndarray, start: np.ndarray | None = None, dtype: str = "float32") -> int:
         expected = expected.astype(np.float32)
-        tolerance = spec.TOLERANCES["float32"] * max(float(np.abs(expected).max()), 1)
+        tolerance = spec.TOLERANCES[dtype] * max(float(np.abs(expected).max()), 1)
         return self._add(CLOSE, poison(expected) if start is None else start, expected, tolerance)
 
     def same(self, start: np.ndarray) -> int:

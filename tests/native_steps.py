@@ -150,10 +150,7 @@ class Sequences:
         self._places = [(case.cache(dtype, 2, *shape[1:], capacity), capacity) for capacity in capacities]
 
     def _stored(self, x: np.ndarray) -> np.ndarray:
-        if self._dtype != "I8":
-            return x.astype({"F32": np.float32, "F16": np.float16}[self._dtype]).astype(np.float32)
-        codes, scales = spec.quantize_per_token(x.reshape(-1, self._d), norm=False)
-        return (codes * scales[:, None]).reshape(x.shape)
+        return x.astype(np.float16).astype(np.float32) if self._dtype == "F16" else x
 
     def run(self, counts: dict[int, int], split: bool) -> None:
         """As many new rows of each slot in one step: rope_cache, then attention, with scratch to split it or none."""
@@ -168,7 +165,8 @@ class Sequences:
             q, k, v = np.split(part.reshape(count, -1, d), [heads, heads + kv_heads], axis=1)
             self._k[slot] = np.concatenate([self._k[slot], self._stored(spec.apply_rope(k, cos, sin))])
             self._v[slot] = np.concatenate([self._v[slot], self._stored(v)])
-            y = spec.attention(spec.apply_rope(q, cos, sin), self._k[slot], self._v[slot], first)
+            attention = spec.attention_int8 if self._dtype == "I8" else spec.attention
+            y = attention(spec.apply_rope(q, cos, sin), self._k[slot], self._v[slot], first)
             outputs.append(y.reshape(count, -1))
             positions += list(at)
             slots += [slot] * count
@@ -184,7 +182,8 @@ class Sequences:
         common = (heads, kv_heads, d, 1, DTYPE_IDS[self._dtype])
         program, given = Program(case), case.scratch(qkv)
         program.op(OpCode.ROPE_CACHE, (*common, qkv.shape[1], k, k + kv_heads * d), (given, *tables))
-        arrays = given, case.close(y), case.scratch(poison(scratch))
+        close = case.close(y, dtype="int8" if self._dtype == "I8" else "float32")
+        arrays = given, close, case.scratch(poison(scratch))
         program.op(OpCode.ATTENTION, (*common, qkv.shape[1], k, scratch.size), arrays, d**-0.5)
         program.run(len(positions), positions=positions, slots=slots, caches=self._places)
 

@@ -3,58 +3,15 @@
 #include "../prefetch.hpp"
 #include "../step/cache.hpp"
 #include "../vector/math.hpp"
+#include "int8.hpp"
+#include "softmax.hpp"
 
 namespace thrifty {
 namespace {
 
-/// Softmax of a query over one chunk, or over several merged ones.
-struct Softmax {
-  float m;  // largest score
-  float l;  // sum of exp(score - m)
-};
-
-/// Factors of two parts in their merge.
-struct Merge {
-  float kept;
-  float added;
-};
-
-template <class V>
-float exp_of(float x) {
-  alignas(64) float lane[16];
-  V::store(lane, exp_negative<V>(V::set(x)));
-  return lane[0];
-}
-
-template <class V>
-Merge merge(Softmax& total, const Softmax& chunk) {
-  const float m = total.m > chunk.m ? total.m : chunk.m;
-  const Merge f{exp_of<V>(total.m - m), exp_of<V>(chunk.m - m)};
-  total = {m, total.l * f.kept + chunk.l * f.added};
-  return f;
-}
-
-/// Queries of one kv head: those of one or several rows of a sequence, held against a chunk together.
-struct Queries {
-  size_t count = 0;
-  const float* q[kQueries];
-  float* y[kQueries];       // [d], where the weighted values go
-  size_t length[kQueries];  // positions that the query sees
-  Softmax total[kQueries];
-  bool begun[kQueries];
-
-  void add(const float* query, float* out, size_t positions) {
-    q[count] = query;
-    y[count] = out;
-    length[count] = positions;
-    begun[count] = false;
-    ++count;
-  }
-};
-
 /// scores[i][s] = q_i . k_s over the sixteen positions of kBlocks blocks; every sum runs over d in order. While keys
 /// are scored, as many bytes at `ahead` are fetched: the values of the chunk, and while those are mixed, the next keys.
-template <class V, class T, int kCount, int kBlocks>
+template <class V, class T, int kCount, int kBlocks, bool kFetch = true>
 void score_blocks(const float* const* q, const T* k, const T* ahead, size_t d, float (*scores)[kChunk]) {
   typename V::F acc[kCount][kBlocks];
   for (auto& row : acc)
@@ -63,7 +20,7 @@ void score_blocks(const float* const* q, const T* k, const T* ahead, size_t d, f
     typename V::F keys[kBlocks];
     for (int b = 0; b < kBlocks; ++b) {
       const size_t at = (size_t(b) * d + i) * 16;
-      if (i % (64 / sizeof(T) / 16) == 0) prefetch_far(ahead + at);
+      if (kFetch && i % (64 / sizeof(T) / 16) == 0) prefetch_far(ahead + at);
       keys[b] = V::load(k + at);
     }
     for (int j = 0; j < kCount; ++j) {
@@ -90,17 +47,14 @@ void score_queries(const float* const* q, const T* k, const T* ahead, size_t d, 
   }
 }
 
-/// Scores to weights exp(score - m) in place, those of positions from `count` on 0. An int8 key's scale goes into its
-/// score, and an int8 value's into its weight, once the weights are summed.
+/// Scores to weights exp(score - m) in place, those of positions from `count` on 0.
 template <class V>
-Softmax weigh(float* s, size_t count, float scale, const float* k_scales, const float* v_scales) {
+Softmax weigh(float* s, size_t count, float scale) {
   const size_t blocks = up_to(count, 16) / 16;
   const auto none = V::set(-INFINITY);
   auto most = none;
   for (size_t b = 0; b < blocks; ++b) {
-    auto v = V::mul(V::load(s + 16 * b), V::set(scale));
-    if (k_scales) v = V::mul(v, V::load(k_scales + 16 * b));
-    v = V::first(count - 16 * b, v, none);
+    const auto v = V::first(count - 16 * b, V::mul(V::load(s + 16 * b), V::set(scale)), none);
     V::store(s + 16 * b, v);
     most = V::max(most, v);
   }
@@ -110,7 +64,6 @@ Softmax weigh(float* s, size_t count, float scale, const float* k_scales, const 
     auto p = exp_negative<V>(V::sub(V::load(s + 16 * b), V::set(m)));
     p = V::first(count - 16 * b, p, V::set(0.0f));
     l = V::add(l, p);
-    if (v_scales) p = V::mul(p, V::load(v_scales + 16 * b));
     V::store(s + 16 * b, p);
   }
   return {m, sum<V>(l)};
@@ -164,62 +117,52 @@ void mix_queries(const float (*p)[kChunk], const T* v, const T* ahead, size_t d,
   }
 }
 
-/// Calls body.operator()<n>(first) for runs of 4, 2 and 1 of `count`, of 8 too where kEight.
-template <bool kEight, class Body>
-void in_runs(size_t count, const Body& body) {
-  size_t first = 0;
-  if constexpr (kEight) {
-    for (; count - first >= 8; first += 8) body(std::integral_constant<int, 8>(), first);
-  }
-  for (; count - first >= 4; first += 4) body(std::integral_constant<int, 4>(), first);
-  for (; count - first >= 2; first += 2) body(std::integral_constant<int, 2>(), first);
-  if (first < count) body(std::integral_constant<int, 1>(), first);
-}
-
 /// One chunk of one kv head for some queries: y and total of each take it in.
 template <class V, class T>
 void take_chunk(const Attention& a, const HeadCache& cache, size_t chunk, Queries& set) {
   const size_t d = a.shape.head_dim, start = chunk * kChunk;
-  size_t most = 0;
-  for (size_t i = 0; i < set.count; ++i) most = set.length[i] > most ? set.length[i] : most;
-  most = most - start < kChunk ? most - start : kChunk;
+  const size_t longest = longest_of(set), most = longest - start < kChunk ? longest - start : kChunk;
   alignas(64) float scores[kQueries][kChunk];
   const T* k = reinterpret_cast<const T*>(cache.k) + start * d;
   const T* v = reinterpret_cast<const T*>(cache.v) + start * up_to(d, 16);
-  in_runs<V::kBlocks != 1>(set.count, [&](auto n, size_t first) {
+  in_runs<V::kBlocks == 1 ? 4 : 8>(set.count, [&](auto n, size_t first) {
     score_queries<V, T, n()>(set.q + first, k, v, d, up_to(most, 16) / 16, scores + first);
   });
-  const bool int8 = sizeof(T) == 1;
   Merge merges[kQueries];
   for (size_t first = 0, end; first < set.count; first = end) {
-    // Queries of one row see the same positions.
-    for (end = first; end < set.count && set.length[end] == set.length[first]; ++end) {
-    }
+    end = same_length(set, first);
     if (set.length[first] <= start) continue;
     const size_t count = set.length[first] - start < kChunk ? set.length[first] - start : kChunk;
     const bool begun = set.begun[first];
     for (size_t i = first; i < end; ++i) {
-      const Softmax part = weigh<V>(scores[i], count, a.scale, int8 ? cache.k_scales + start : nullptr,
-                                    int8 ? cache.v_scales + start : nullptr);
-      if (begun) {
-        merges[i] = merge<V>(set.total[i], part);
-      } else {
-        set.total[i] = part;
-      }
-      set.begun[i] = true;
+      merges[i] = add_part<V>(set, i, weigh<V>(scores[i], count, a.scale));
     }
-    in_runs<false>(end - first, [&](auto n, size_t at) {
+    in_runs<4>(end - first, [&](auto n, size_t at) {
       at += first;
       mix_queries<V, T, n()>(scores + at, v, k + kChunk * d, d, count, set.y + at, begun ? merges + at : nullptr);
     });
   }
 }
 
-template <class V>
-void take_chunk(const Attention& a, const HeadCache& cache, size_t chunk, Queries& set) {
-  if (a.shape.dtype == THRIFTY_INT8) return take_chunk<V, int8_t>(a, cache, chunk, set);
-  if (a.shape.dtype == THRIFTY_F16) return take_chunk<V, Half>(a, cache, chunk, set);
-  take_chunk<V, float>(a, cache, chunk, set);
+/// Calls before(chunk), takes the chunk and calls after(chunk), for chunks `first` ... end - 1.
+template <class V, class Before, class After>
+void take_chunks(const Attention& a, const HeadCache& cache, size_t first, size_t end, Queries& set,
+                 const Before& before, const After& after) {
+  const auto each = [&](const auto& take) {
+    for (size_t chunk = first; chunk < end; ++chunk) {
+      before(chunk);
+      take(chunk);
+      after(chunk);
+    }
+  };
+  if (a.shape.dtype == THRIFTY_INT8) {
+    const CodedQueries<V> codes(set, a.shape.head_dim, a.scale);
+    each([&](size_t chunk) { take_int8_chunk<V>(a, cache, chunk, codes, set); });
+  } else if (a.shape.dtype == THRIFTY_F16) {
+    each([&](size_t chunk) { take_chunk<V, Half>(a, cache, chunk, set); });
+  } else {
+    each([&](size_t chunk) { take_chunk<V, float>(a, cache, chunk, set); });
+  }
 }
 
 /// y = o / l.
@@ -232,9 +175,8 @@ void divide(float* y, size_t d, float l) {
 
 template <class V>
 void attend_set(const Attention& a, const HeadCache& cache, Queries& set) {
-  size_t most = 0;
-  for (size_t i = 0; i < set.count; ++i) most = set.length[i] > most ? set.length[i] : most;
-  for (size_t chunk = 0; chunk * kChunk < most; ++chunk) take_chunk<V>(a, cache, chunk, set);
+  const auto nothing = [](size_t) {};
+  take_chunks<V>(a, cache, 0, up_to(longest_of(set), kChunk) / kChunk, set, nothing, nothing);
   for (size_t i = 0; i < set.count; ++i) divide<V>(set.y[i], a.shape.head_dim, set.total[i].l);
   set.count = 0;
 }
@@ -261,22 +203,28 @@ inline float* part_of(const Attention& a, size_t row, size_t head, size_t chunk)
 }
 
 template <class V>
-void attend_part(const Attention& a, size_t row, size_t kv_head, size_t chunk) {
+void attend_parts(const Attention& a, size_t row, size_t kv_head, size_t first_chunk, size_t end_chunk) {
   const Heads& h = a.shape;
   const HeadCache cache(h, a.batch->caches[a.batch->slots[row]], kv_head);
   const size_t length = size_t(a.batch->positions[row]) + 1, end = (kv_head + 1) * group_of(h);
-  for (size_t head = kv_head * group_of(h); head < end;) {
+  for (size_t head = kv_head * group_of(h), first = head; head < end; first = head) {
     Queries set;
-    const size_t first = head;
     for (; head < end && set.count < kQueries; ++head) {
-      set.add(a.q + row * a.q_stride + head * h.head_dim, part_of(a, row, head, chunk) + 16, length);
+      set.add(a.q + row * a.q_stride + head * h.head_dim, nullptr, length);
     }
-    take_chunk<V>(a, cache, chunk, set);
-    for (size_t i = 0; i < set.count; ++i) {
-      float* part = part_of(a, row, first + i, chunk);
-      part[0] = set.total[i].m;
-      part[1] = set.total[i].l;
-    }
+    const auto before = [&](size_t chunk) {
+      for (size_t i = 0; i < set.count; ++i) {
+        set.y[i] = part_of(a, row, first + i, chunk) + 16;
+        set.begun[i] = false;
+      }
+    };
+    take_chunks<V>(a, cache, first_chunk, end_chunk, set, before, [&](size_t chunk) {
+      for (size_t i = 0; i < set.count; ++i) {
+        float* part = part_of(a, row, first + i, chunk);
+        part[0] = set.total[i].m;
+        part[1] = set.total[i].l;
+      }
+    });
   }
 }
 

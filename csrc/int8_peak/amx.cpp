@@ -10,7 +10,7 @@ uint64_t amx::multiply(uint64_t turns, uint32_t* sink) {
     for (int8_t& byte : row) byte = 3;
   alignas(64) int32_t sums[16][16];
   publish(bytes);
-  _tile_loadconfig(&kTileConfig);
+  _tile_loadconfig(&kTileConfigs.rows[16]);
   _tile_loadd(6, bytes, 64);
   _tile_loadd(7, bytes, 64);
   _tile_zero(0);

@@ -18,31 +18,29 @@ void turn(float* x, const float* cos, const float* sin, size_t half) {
   }
 }
 
-/// 127 / largest |x|, and the scale that undoes it.
-template <class V>
-float inverse_scale(const float* x, size_t d, float* scale) {
-  auto most = V::set(0.0f);
-  for (size_t i = 0; i < d; i += 16) most = V::max(most, V::abs(load_some<V>(x + i, d - i)));
-  const float found = largest<V>(most), a = found < 1e-5f ? 1e-5f : found;
-  *scale = a / 127.0f;
-  return 127.0f / a;
-}
-
 /// Writes k and v [d] of a position; T is the cache's type.
 template <class V, class T>
 void keep(const HeadCache& cache, size_t d, size_t position, const float* k, const float* v) {
-  float k_factor = 1.0f, v_factor = 1.0f;
-  if constexpr (sizeof(T) == 1) {
-    k_factor = inverse_scale<V>(k, d, cache.k_scales + position);
-    v_factor = inverse_scale<V>(v, d, cache.v_scales + position);
-  }
   T* keys = reinterpret_cast<T*>(cache.k) + position / 16 * d * 16 + position % 16;
   T* values = reinterpret_cast<T*>(cache.v) + position * up_to(d, 16);
   for (size_t i = 0; i < d; i += 16) {
     T part[16];
-    V::store(part, V::mul(load_some<V>(k + i, d - i), V::set(k_factor)));
+    V::store(part, load_some<V>(k + i, d - i));
     for (size_t j = 0; j < 16 && i + j < d; ++j) keys[(i + j) * 16] = part[j];
-    V::store(values + i, V::mul(load_some<V>(v + i, d - i), V::set(v_factor)));
+    V::store(values + i, load_some<V>(v + i, d - i));
+  }
+}
+
+template <class V>
+void keep_int8(const HeadCache& cache, size_t d, size_t position, const float* k, const float* v) {
+  const auto k_factor = V::set(inverse_scale<V>(k, d, cache.k_scales + position));
+  const auto v_factor = V::set(inverse_scale<V>(v, d, cache.v_scales + position));
+  for (size_t i = 0; i < d; i += 16) {
+    int8_t part[16];
+    V::store(part, V::mul(load_some<V>(k + i, d - i), k_factor));
+    for (size_t j = 0; j < 16 && i + j < d; ++j) *cache.key_byte(d, position, i + j) = uint8_t(part[j] + 128);
+    V::store(part, V::mul(load_some<V>(v + i, d - i), v_factor));
+    for (size_t j = 0; j < 16; ++j) *cache.value_byte(d, position, i + j) = uint8_t(part[j] + 128);
   }
 }
 
@@ -62,7 +60,7 @@ void rope_cache_items(const RopeCache& r, size_t first, size_t end) {
     turn<V>(k, cos, sin, half);
     const HeadCache cache(h, r.batch->caches[r.batch->slots[row]], kv_head);
     if (h.dtype == THRIFTY_INT8) {
-      keep<V, int8_t>(cache, d, position, k, v);
+      keep_int8<V>(cache, d, position, k, v);
     } else if (h.dtype == THRIFTY_F16) {
       keep<V, Half>(cache, d, position, k, v);
     } else {

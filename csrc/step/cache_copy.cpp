@@ -28,6 +28,24 @@ void copy_head(const HeadCache& cache, size_t d, size_t count, T* k, T* v) {
   }
 }
 
+/// The same for codes, whose bytes in the cache are 128 more.
+template <bool kInto>
+void copy_codes(const HeadCache& cache, size_t d, size_t count, uint8_t* k, uint8_t* v) {
+  const auto copy = [](uint8_t* byte, uint8_t* code) {
+    if (kInto) {
+      *byte = uint8_t(*code + 128);
+    } else {
+      *code = uint8_t(*byte - 128);
+    }
+  };
+  for (size_t position = 0; position < count; ++position) {
+    for (size_t i = 0; i < d; ++i) {
+      copy(cache.key_byte(d, position, i), k + position * d + i);
+      copy(cache.value_byte(d, position, i), v + position * d + i);
+    }
+  }
+}
+
 template <bool kInto>
 void copy_cache(Heads h, size_t layers, const thrifty_slot& slot, size_t count, char* k, char* v, float* k_scales,
                 float* v_scales) {
@@ -43,7 +61,7 @@ void copy_cache(Heads h, size_t layers, const thrifty_slot& slot, size_t count, 
         copy_head<kInto>(cache, h.head_dim, count, reinterpret_cast<uint16_t*>(k), reinterpret_cast<uint16_t*>(v));
         continue;
       }
-      copy_head<kInto>(cache, h.head_dim, count, reinterpret_cast<int8_t*>(k), reinterpret_cast<int8_t*>(v));
+      copy_codes<kInto>(cache, h.head_dim, count, reinterpret_cast<uint8_t*>(k), reinterpret_cast<uint8_t*>(v));
       move<kInto>(cache.k_scales, k_scales, count);
       move<kInto>(cache.v_scales, v_scales, count);
       k_scales += count;

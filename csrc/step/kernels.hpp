@@ -3,7 +3,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../attention/attention.hpp"
+#include "../attention/blocks.hpp"
 #include "../float_matmul/float_matmul.hpp"
 #include "../glu/glu.hpp"
 #include "../rope_cache/rope_cache.hpp"
@@ -14,9 +14,9 @@
   namespace isa {                                                                                                     \
   void float_matmul(const FloatMatmul& m, size_t first, size_t end) { float_tiles<V>(m, first, end); }                \
   void rope_cache(const RopeCache& r, size_t first, size_t end) { rope_cache_items<V>(r, first, end); }               \
-  void attend(const Attention& a, size_t row, size_t rows, size_t kv_head) { attend_rows<V>(a, row, rows, kv_head); } \
-  void attend_chunk(const Attention& a, size_t row, size_t kv_head, size_t chunk) {                                   \
-    attend_part<V>(a, row, kv_head, chunk);                                                                           \
+  void attend(const Attention& a, size_t row, size_t rows, size_t kv_head) { attend_many<V>(a, row, rows, kv_head); } \
+  void attend_chunks(const Attention& a, size_t row, size_t kv_head, size_t first, size_t end) {                      \
+    attend_parts<V>(a, row, kv_head, first, end);                                                                     \
   }                                                                                                                   \
   void merge_chunks(const Attention& a, size_t row, size_t kv_head) { merge_parts<V>(a, row, kv_head); }              \
   void glu(const float* gate, const float* up, int act, size_t count, float* y) {                                     \

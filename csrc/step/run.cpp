@@ -132,6 +132,8 @@ class Work {
     const bool norm = !codes || flag(THRIFTY_NORM);
     const TokenRows t{p<const float>(0), p<const float>(1), op_.f[0], norm, n(0), n(1), p<int8_t>(2), n(2),
                       p<float>(3),       p<float>(2)};
+    const auto run = codes ? kernels_.quantize : kernels_.rms_norm;
+    if (!flag(THRIFTY_GATHER) && !is_private()) return run(t, rows.first, rows.end);
     for (size_t row = rows.first; row < rows.end; ++row) {
       TokenRows one = t;
       const size_t to = row + own;
@@ -139,11 +141,10 @@ class Work {
       if (codes) {
         one.codes += to * t.stride;
         one.scales += to;
-        kernels_.quantize(one, 0, 1);
       } else {
         one.y += to * t.stride;
-        kernels_.rms_norm(one, 0, 1);
       }
+      run(one, 0, 1);
     }
   }
 
@@ -186,7 +187,10 @@ class Work {
 
   /// Rows of one sequence from `row` on that are held against its cache together.
   size_t block_rows(size_t row) const {
-    const size_t group = n(0) / n(1), most = group < kQueries ? kQueries / group : 1;
+    // As many as share the widening of a chunk, where that leaves parts enough for the threads.
+    const bool wide = rows_ * n(0) >= 4 * kQueries * kPartsPerThread * threads_;
+    const size_t group = n(0) / n(1), queries = wide ? kBlockQueries : kQueries;
+    const size_t most = group < queries ? queries / group : 1;
     size_t end = row + 1;
     while (end < rows_ && end - row < most && batch_.slots[end] == batch_.slots[row]) ++end;
     return end - row;
@@ -229,9 +233,10 @@ class Work {
     size_t item = 0;
     for (size_t row = 0; row < rows_; ++row) {
       for (size_t head = 0; head < n(1); ++head) {
-        for (size_t chunk = 0; chunk < chunks(row); ++chunk, ++item) {
-          if (item >= items.first && item < items.end) kernels_.attend_chunk(a, row, head, chunk);
-        }
+        const size_t end = item + chunks(row), from = item > items.first ? item : items.first;
+        const size_t to = end < items.end ? end : items.end;
+        if (from < to) kernels_.attend_chunks(a, row, head, from - item, to - item);
+        item = end;
       }
     }
   }
@@ -327,7 +332,8 @@ bool valid_epilogue(const thrifty_op& op) { return op.n[6] <= THRIFTY_GATE_UP &&
 
 bool valid_heads(const thrifty_op& op) {
   const bool dtype = op.n[4] == THRIFTY_F32 || op.n[4] == THRIFTY_F16 || op.n[4] == THRIFTY_INT8;
-  return op.n[1] > 0 && op.n[0] % op.n[1] == 0 && op.n[2] > 0 && dtype && op.p[0] && op.p[1] && op.p[2];
+  const bool wide = op.n[4] == THRIFTY_INT8 && op.n[2] > int64_t{kMostInt8Dim};
+  return op.n[1] > 0 && op.n[0] % op.n[1] == 0 && op.n[2] > 0 && dtype && !wide && op.p[0] && op.p[1] && op.p[2];
 }
 
 bool valid_op(const thrifty_op& op) {
@@ -394,6 +400,7 @@ using namespace thrifty;
 size_t thrifty_cache_size(int dtype, int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t capacity) {
   if (dtype < 0 || dtype == THRIFTY_BF16 || dtype > THRIFTY_INT8 || layers < 0 || kv_heads < 1 || head_dim < 1)
     return 0;
+  if (dtype == THRIFTY_INT8 && head_dim > int64_t{kMostInt8Dim}) return 0;
   if (capacity < 0 || capacity % THRIFTY_CACHE_BLOCK != 0) return 0;
   const Heads heads{size_t(kv_heads), size_t(kv_heads), size_t(head_dim), 0, dtype};
   return size_t(layers) * HeadCache::layer_bytes(heads, size_t(capacity));

@@ -9,6 +9,8 @@ namespace {
 constexpr size_t kTokens = 16;
 constexpr size_t kStep = 64;
 constexpr size_t kTileBytes = kTokens * kStep;
+/// Rows of x from which tiles pay.
+constexpr size_t kFewTokens = 5;
 /// Columns decoded at once, whole blocks of every format: two tiles of them stay in the first cache.
 constexpr size_t kCols = 640;
 /// Rows of x, at most, for which weights are decoded once, and bytes of them that stay in the second cache.
@@ -82,7 +84,7 @@ class Tiles {
   explicit Tiles(const TernaryMatmul& m) : m_(m), cols_(m.blocks * kBlockCols) {}
 
   void run(size_t first, size_t end) {
-    _tile_loadconfig(&kTileConfig);
+    _tile_loadconfig(&kTileConfigs.rows[m_.n < kTokens ? m_.n : kTokens]);
     const size_t chunk = chunk_tokens();
     for (token_ = 0; token_ < m_.n; token_ += chunk) {
       count_ = m_.n - token_ < chunk ? m_.n - token_ : chunk;
@@ -107,8 +109,8 @@ class Tiles {
     return (m_.n + chunks * block - 1) / (chunks * block) * block;
   }
 
-  /// First row of x in a register. The last one also takes rows of the one before it: there are 16 or more in all.
-  size_t start(size_t token) const { return token + kTokens <= m_.n ? token : m_.n - kTokens; }
+  /// First row of x in a register. The last of several also takes rows of the one before it.
+  size_t start(size_t token) const { return token + kTokens <= m_.n ? token : m_.n < kTokens ? 0 : m_.n - kTokens; }
 
   void copy_rest() {
     const size_t rest = cols_ % kStep, from = cols_ - rest;
@@ -116,22 +118,25 @@ class Tiles {
     const __mmask64 mask = (__mmask64{1} << rest) - 1;
     for (size_t i = 0; i < count_; i += kTokens) {
       const int8_t* x = m_.x + start(token_ + i) * m_.x_stride + from;
-      for (size_t row = 0; row < kTokens; ++row) {
+      for (size_t row = 0; row < kTokens && row < m_.n; ++row) {
         _mm512_store_si512(rest_[i + row], _mm512_maskz_loadu_epi8(mask, x + row * m_.x_stride));
       }
     }
     publish(rest_);
   }
 
-  /// Codes of columns `from` to `to`, and zeros to the end of a step.
+  /// Codes of columns `from` to `to`, and zeros to the end of a step. Asks for what is decoded next: the columns after
+  /// them, or the tiles after these.
   template <int kTiles>
   void decode(size_t tile, size_t from, size_t to) {
     const __m512i offset = _mm512_set1_epi8(char(Decode::kOffset));
     for (size_t t = 0; t < kTiles; ++t) {
-      const uint8_t* packed = m_.packed + ((tile + t) * m_.blocks + from / kBlockCols) * kBlockBytes;
+      const size_t read = from / kBlockCols * kBlockBytes, tile_bytes = m_.blocks * kBlockBytes;
+      const uint8_t* packed = m_.packed + (tile + t) * tile_bytes + read;
+      const size_t ahead = to < cols_ ? kCols / kBlockCols * kBlockBytes : kTiles * tile_bytes - read;
       int8_t* w = w_[t];
       for (size_t col = from; col < to; col += kBlockCols, packed += kBlockBytes) {
-        prefetch(packed + kPrefetch);
+        prefetch_far(packed + ahead);
         __m512i digits[Decode::kDigits];
         Decode::template digits<false>(_mm512_loadu_si512(packed), digits);
         for (int f = 0; f < Decode::kDigits; ++f, w += kBlockBytes) {
@@ -156,6 +161,7 @@ class Tiles {
         Sums* sums = sums_[i / (2 * kTokens)];
         const size_t steps = (to - from) / kStep;
         const bool rest = (to - from) % kStep != 0;
+        if (to == cols_) fetch_y<kTiles>(tile, i);
         if (count_ - i > kTokens) {
           multiply<2, kTiles>(block, w_, steps, rest, from == 0, sums);
         } else {
@@ -166,16 +172,43 @@ class Tiles {
     }
   }
 
+  /// Asks for the lines of y of a block of rows, which its multiplication hides.
+  template <int kTiles>
+  void fetch_y(size_t tile, size_t i) const {
+    for (size_t row = i; row < i + 2 * kTokens && row < count_; ++row) {
+      const float* y = place_of(m_.out, tile, token_ + row);
+      prefetch_write(y);
+      if (kTiles > 1 && m_.out.epilogue != THRIFTY_GATE_UP) prefetch_write(y + kTileRows);
+    }
+  }
+
   /// y of a block of rows of x.
   template <int kTiles>
-  void finish(size_t tile, size_t i, const Sums* sums) {
+  void finish(size_t tile, size_t i, const Sums* sums) const {
+    if (kTiles == 2 && m_.out.epilogue == THRIFTY_GATE_UP) {
+      return each_row<kTiles>(tile, i, sums, [&](size_t token, const __m512* values) {
+        emit_pair<Avx512>(m_.out, tile, token, values[0], values[kTiles - 1]);
+      });
+    }
+    each_row<kTiles>(tile, i, sums, [&](size_t token, const __m512* values) {
+      for (size_t t = 0; t < kTiles; ++t) emit<Avx512>(m_.out, tile + t, token, values[t]);
+    });
+  }
+
+  template <int kTiles, class Emit>
+  void each_row(size_t tile, size_t i, const Sums* sums, const Emit& emit_row) const {
+    __m512 scales[kTiles], values[kTiles];
+    for (size_t t = 0; t < kTiles; ++t) scales[t] = scale_of<Avx512>(m_, tile + t);
     for (size_t part = 0; part < 2; ++part, i += kTokens, sums += 2) {
       const size_t first = start(token_ + i);
-      for (size_t at = i; at < i + kTokens && at < count_; ++at) {
-        const size_t token = token_ + at;
+      for (size_t row = i; row < i + kTokens && row < count_; ++row) {
+        const size_t token = token_ + row;
+        const __m512 x_scale = _mm512_set1_ps(m_.x_scales[token]);
         for (size_t t = 0; t < kTiles; ++t) {
-          finish_tile<Avx512>(m_, tile + t, token, Avx512::load(sums[t].values[token - first]));
+          const __m512 products = Avx512::load(sums[t].values[token - first]);
+          values[t] = _mm512_mul_ps(products, _mm512_mul_ps(x_scale, scales[t]));
         }
+        emit_row(token, values);
       }
     }
   }
@@ -190,10 +223,10 @@ class Tiles {
 
 using Matmul = void (*)(const TernaryMatmul& m, size_t first, size_t end);
 
-/// Rows of x that do not fill a register go to `few`.
+/// Rows of x so few that decoding is most of the work go to `few`, which does it in place.
 template <class Decode>
 void run_rows(const TernaryMatmul& m, size_t first, size_t end, Matmul few) {
-  if (m.n < kTokens) return few(m, first, end);
+  if (m.n < kFewTokens) return few(m, first, end);
   Tiles<Decode>(m).run(first, end);
 }
 

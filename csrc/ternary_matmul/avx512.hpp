@@ -3,17 +3,9 @@
 #include <immintrin.h>
 
 #include "../prefetch.hpp"
+#include "../unroll.hpp"
 #include "../vector/avx512.hpp"
 #include "driver.hpp"
-
-// Spares the copies of accumulators that GCC makes at every turn of a loop.
-#if defined(__clang__)
-#define THRIFTY_UNROLL_BLOCKS _Pragma("unroll(4)")
-#elif defined(__GNUC__)
-#define THRIFTY_UNROLL_BLOCKS _Pragma("GCC unroll 4")
-#else
-#define THRIFTY_UNROLL_BLOCKS
-#endif
 
 namespace thrifty {
 namespace {
@@ -121,7 +113,7 @@ struct Vnni {
     const size_t tile_bytes = m.blocks * kBlockBytes, step_bytes = step * tile_bytes;
     const uint8_t* packed = m.packed + tile * tile_bytes;
     const int8_t* x = m.x + token * m.x_stride;
-    THRIFTY_UNROLL_BLOCKS
+    THRIFTY_UNROLL
     for (size_t block = 0; block < m.blocks; ++block, packed += kBlockBytes, x += kBlockCols) {
       __m512i digits[kTileCount][kDigits];
       for (int t = 0; t < kTileCount; ++t) {

@@ -17,12 +17,16 @@ inline int32_t load_dword(const int8_t* x) {
   return word;
 }
 
+template <class V>
+typename V::F scale_of(const TernaryMatmul& m, size_t tile) {
+  const size_t first = tile * kTileRows;
+  return m.scale_per_row ? load_some<V>(m.w_scale + first, m.rows - first) : V::set(*m.w_scale);
+}
+
 /// Stores y of one tile and one row of x, in the order of operations that the spec fixes. acc: the exact products.
 template <class V>
 void finish_tile(const TernaryMatmul& m, size_t tile, size_t token, typename V::F acc) {
-  const size_t first = tile * kTileRows;
-  const auto w_scale = m.scale_per_row ? load_some<V>(m.w_scale + first, m.rows - first) : V::set(*m.w_scale);
-  emit<V>(m.out, tile, token, V::mul(acc, V::mul(V::set(m.x_scales[token]), w_scale)));
+  emit<V>(m.out, tile, token, V::mul(acc, V::mul(V::set(m.x_scales[token]), scale_of<V>(m, tile))));
 }
 
 /// The same from an array, which is changed: `products` are sums of unsigned digits times x.

@@ -18,11 +18,6 @@ struct Avx2 {
   static F load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
   static F load(const Half* from) { return {_mm256_cvtph_ps(quad(from)), _mm256_cvtph_ps(quad(from + 8))}; }
   static F load(const Bfloat* from) { return {widen8(from), widen8(from + 8)}; }
-  static F load(const int8_t* from) {
-    const __m128i bytes = quad(from);
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
-            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
-  }
   static F load(const int32_t* from) {
     const auto* words = reinterpret_cast<const __m256i*>(from);
     return {_mm256_cvtepi32_ps(_mm256_loadu_si256(words)), _mm256_cvtepi32_ps(_mm256_loadu_si256(words + 1))};
@@ -40,6 +35,44 @@ struct Avx2 {
     const __m128i low = pack(_mm256_cvtps_epi32(r.low)), high = pack(_mm256_cvtps_epi32(r.high));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(low, high));
   }
+  struct Bytes {
+    __m256i words[4];  // of four lanes each
+  };
+  using Sums = Bytes;  // of bytes 0 and 1, 2 and 3 of a lane
+  using Code = int16_t;
+  static constexpr int kWeightParts = 1;
+  static Bytes load_bytes(const uint8_t* from) {
+    Bytes b;
+    for (int i = 0; i < 4; ++i) b.words[i] = _mm256_cvtepu8_epi16(quad(from + 16 * i));
+    return b;
+  }
+  static Sums no_sums() {
+    const __m256i zero = _mm256_setzero_si256();
+    return {{zero, zero, zero, zero}};
+  }
+  static Sums dot(Sums sums, Bytes bytes, const Code* four) {
+    int64_t words;
+    std::memcpy(&words, four, 8);
+    const __m256i each = _mm256_set1_epi64x(words);
+    for (int i = 0; i < 4; ++i) {
+      sums.words[i] = _mm256_add_epi32(sums.words[i], _mm256_madd_epi16(bytes.words[i], each));
+    }
+    return sums;
+  }
+  static Sums join(Sums high, Sums) { return high; }
+  static F floats(Sums sums, int32_t offset) {
+    const __m256i less = _mm256_set1_epi32(offset);
+    const auto lanes = [&](__m256i a, __m256i b) {
+      const __m256i mixed = _mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xD8);
+      return _mm256_cvtepi32_ps(_mm256_sub_epi32(mixed, less));
+    };
+    return {lanes(sums.words[0], sums.words[1]), lanes(sums.words[2], sums.words[3])};
+  }
+  static void store_codes(Code* to, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), pack(_mm256_cvtps_epi32(v.low)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8), pack(_mm256_cvtps_epi32(v.high)));
+  }
+  static void store_weights(Code* to, size_t, F v) { store_codes(to, v); }
   static F add(F a, F b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
   static F sub(F a, F b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
   static F mul(F a, F b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }

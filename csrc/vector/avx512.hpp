@@ -21,10 +21,6 @@ struct Avx512 {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
-  static F load(const int8_t* from) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-  }
   static F load(const int32_t* from) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(from)); }
   static void store(float* to, F v) { _mm512_storeu_ps(to, v); }
   static void store(Half* to, F v) {
@@ -33,6 +29,28 @@ struct Avx512 {
   static void store(int8_t* to, F v) {
     const __m512i words = _mm512_cvt_roundps_epi32(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(words));
+  }
+  using Bytes = __m512i;
+  using Sums = __m512i;
+  using Code = int8_t;
+  static constexpr int kWeightParts = 2;
+  static Bytes load_bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
+  static Sums no_sums() { return _mm512_setzero_si512(); }
+  static Sums dot(Sums sums, Bytes bytes, const Code* four) {
+    int32_t word;
+    std::memcpy(&word, four, 4);
+    return _mm512_dpbusd_epi32(sums, bytes, _mm512_set1_epi32(word));
+  }
+  static Sums join(Sums high, Sums low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
+  static F floats(Sums sums, int32_t offset) {
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, _mm512_set1_epi32(offset)));
+  }
+  static void store_codes(Code* to, F v) { store(to, v); }
+  static void store_weights(Code* to, size_t stride, F v) {
+    const __m512i whole = _mm512_cvtps_epi32(v);
+    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + stride), _mm512_cvtepi32_epi8(whole));
   }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }

@@ -30,9 +30,6 @@ struct Generic {
   static F load(const T* from) {
     return each([&](int i) { return widen(from[i]); });
   }
-  static F load(const int8_t* from) {
-    return each([&](int i) { return float(from[i]); });
-  }
   static F load(const int32_t* from) {
     return each([&](int i) { return float(from[i]); });
   }
@@ -45,6 +42,32 @@ struct Generic {
   static void store(int8_t* to, F v) {
     for (int i = 0; i < 16; ++i) to[i] = int8_t(std::nearbyint(v.lane[i]));
   }
+  /// Sixteen lanes of four bytes; of integer sums, one a lane; and what bytes are multiplied with: codes of a query,
+  /// and weights of 0 ... kMostWeight, in kWeightParts, `stride` apart, whose sums `join` puts together.
+  struct Bytes {
+    const uint8_t* from;
+  };
+  struct Sums {
+    uint32_t lane[16];  // modulo 2^32
+  };
+  using Code = int16_t;
+  static constexpr int kWeightParts = 1;
+  static Bytes load_bytes(const uint8_t* from) { return {from}; }
+  static Sums no_sums() { return {}; }
+  /// sums += the four bytes of a lane times four codes.
+  static Sums dot(Sums sums, Bytes bytes, const Code* four) {
+    for (int i = 0; i < 64; ++i) sums.lane[i / 4] += uint32_t(bytes.from[i] * four[i % 4]);
+    return sums;
+  }
+  static Sums join(Sums high, Sums) { return high; }
+  /// sums - offset.
+  static F floats(Sums sums, int32_t offset) {
+    return each([&](int i) { return float(int32_t(sums.lane[i] - uint32_t(offset))); });
+  }
+  static void store_codes(Code* to, F v) {
+    for (int i = 0; i < 16; ++i) to[i] = Code(v.lane[i]);
+  }
+  static void store_weights(Code* to, size_t, F v) { store_codes(to, v); }
   static F add(F a, F b) {
     return each([&](int i) { return a.lane[i] + b.lane[i]; });
   }

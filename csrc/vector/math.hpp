@@ -24,9 +24,13 @@ template <class V>
 float largest(typename V::F v) {
   alignas(64) float lane[16];
   V::store(lane, v);
-  float most = lane[0];
-  for (int i = 1; i < 16; ++i) most = lane[i] <= most ? most : lane[i];
-  return most;
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      const float a = lane[i], b = lane[i + half];
+      lane[i] = a >= b || a != a ? a : b;
+    }
+  }
+  return lane[0];
 }
 
 /// Elements from `from` on, `count` of them, zero in the other lanes.
@@ -45,6 +49,16 @@ void store_some(float* to, size_t count, typename V::F v) {
   alignas(64) float lane[16];
   V::store(lane, v);
   std::memcpy(to, lane, count * 4);
+}
+
+/// 127 / largest |x|, and the scale that undoes it.
+template <class V>
+float inverse_scale(const float* x, size_t d, float* scale) {
+  auto most = V::set(0.0f);
+  for (size_t i = 0; i < d; i += 16) most = V::max(most, V::abs(load_some<V>(x + i, d - i)));
+  const float found = largest<V>(most), a = found < 1e-5f ? 1e-5f : found;
+  *scale = a / 127.0f;
+  return 127.0f / a;
 }
 
 /// e^x for x <= 0, 1.2e-38 below -87; relative error 1e-7. One text for all instruction sets: x = n ln 2 + r, and the

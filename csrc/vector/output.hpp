@@ -26,5 +26,22 @@ void emit(const Output& o, size_t tile, size_t token, typename V::F v) {
   store_some<V>(y, count, v);
 }
 
+/// Where the tile of a row of x, or the pair of its tile, goes.
+inline float* place_of(const Output& o, size_t tile, size_t token) {
+  return o.y + token * o.stride + (o.epilogue == THRIFTY_GATE_UP ? tile / 2 : tile) * kTileRows;
+}
+
+/// A gate and its up, the tile after it, at once.
+template <class V>
+void emit_pair(const Output& o, size_t tile, size_t token, typename V::F gate, typename V::F up) {
+  const size_t first = tile / 2 * kTileRows;
+  if (first >= o.cols) return;
+  if (o.bias) {
+    gate = V::add(gate, V::load(o.bias + tile * kTileRows));
+    up = V::add(up, V::load(o.bias + (tile + 1) * kTileRows));
+  }
+  store_some<V>(place_of(o, tile, token), o.cols - first, V::mul(activate<V>(o.activation, gate), up));
+}
+
 }  // namespace
 }  // namespace thrifty

@@ -47,8 +47,8 @@ def run(op: Op | list[Op], rows: int, n_threads: int = 1, outputs=(), positions=
     program.run(rows, len(outputs), caches or [(memory.ctypes.data, native.CACHE_BLOCK)])
 
 
-def close(actual: np.ndarray, expected: np.ndarray) -> None:
-    assert np.abs(actual - expected).max() <= TOLERANCE * max(np.abs(expected).max(), 1e-30)
+def close(actual: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE) -> None:
+    assert np.abs(actual - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-30)
 
 
 def activated(name: str, x: np.ndarray) -> np.ndarray:
@@ -218,12 +218,7 @@ class Sequence:
 
     def stored(self, x: np.ndarray) -> np.ndarray:
         """Values float32 [T, kv_heads, d] after a stay in the cache."""
-        if self.dtype == "F32":
-            return x
-        if self.dtype == "F16":
-            return x.astype(np.float16).astype(np.float32)
-        codes, scales = spec.quantize_per_token(x.reshape(-1, x.shape[-1]), norm=False)
-        return (codes * scales[:, None]).reshape(x.shape)
+        return x.astype(np.float16).astype(np.float32) if self.dtype == "F16" else x
 
     def check(self) -> None:
         assert (self.memory[self.nbytes :] == 0xFF).all()
@@ -269,14 +264,15 @@ class TestAttention:
         q, k = qkv[:, : heads * d].reshape(length, heads, d), qkv[:, heads * d + 3 :][:, : kv_heads * d]
         q, k = spec.apply_rope(q, cos, sin), spec.apply_rope(k.reshape(length, kv_heads, d), cos, sin)
         v = qkv[:, heads * d + 3 + kv_heads * d :].reshape(length, kv_heads, d)
-        expected = spec.attention(q, sequence.stored(k), sequence.stored(v), 0).reshape(length, -1)
+        exactly = spec.attention_int8 if dtype == "I8" else spec.attention
+        expected = exactly(q, sequence.stored(k), sequence.stored(v), 0).reshape(length, -1)
         got = []
         for first, stop in ((0, 1), (1, 64), (64, 257), (257, length - 1), (length - 1, length)):
             part = [(0, first, stop - first)]
             threads = 2 if first % 2 else 3
             got.append(self.attend(shape, dtype, part, threads, qkv[first:stop], [sequence.place]))
         sequence.check()
-        close(np.concatenate(got), expected)
+        close(np.concatenate(got), expected, spec.TOLERANCES["int8" if dtype == "I8" else "float32"])
 
     @pytest.mark.parametrize("dtype", ["F16", "I8"])
     def test_bits_depend_on_neither_threads_nor_batch(self, isa, dtype):
@@ -297,6 +293,35 @@ class TestAttention:
                 np.testing.assert_array_equal(together, np.concatenate(alone))
                 one = self.attend(shape, dtype, parts[2:], threads, new[2:], places, split)
                 np.testing.assert_array_equal(one, alone[2])
+
+    @pytest.mark.parametrize("dtype", ["F32", "F16", "I8"])
+    @pytest.mark.parametrize("shape", [(8, 2, 48), (20, 5, 128), (6, 6, 18), (9, 1, 80), (4, 1, 300)])
+    def test_a_stretch_has_the_bits_of_its_rows(self, isa, dtype, shape):
+        heads, kv_heads, d = shape
+        rng = np.random.default_rng(2)
+        width = (heads + 2 * kv_heads) * d + 3
+        before, rows = 250, 150
+        # Wide enough a step for blocks of queries with one thread, and narrower ones with more.
+        stretch = rng.normal(size=(before + rows, width)).astype(np.float32)
+        sequence, alone = Sequence(dtype, kv_heads, d, 448), Sequence(dtype, kv_heads, d, 448)
+        first = [
+            self.attend(shape, dtype, [(0, i, 1)], 1, stretch[i : i + 1], [alone.place]) for i in range(len(stretch))
+        ]
+        for threads in (1, 2, 3, 7):
+            sequence.memory[:] = 0xFF
+            parts = ((0, before), (before, 3), (before + 3, rows - 3)) if threads > 1 else ((0, len(stretch)),)
+            got = [
+                self.attend(shape, dtype, [(0, start, n)], threads, stretch[start : start + n], [sequence.place])
+                for start, n in parts
+            ]
+            np.testing.assert_array_equal(np.concatenate(got), np.concatenate(first))
+            sequence.check()
+
+
+def test_a_head_that_eight_bits_do_not_take():
+    assert native.cache_nbytes("I8", 1, 1, 1024, 64) > 0
+    with pytest.raises(ThriftyError, match="1024"):
+        native.cache_nbytes("I8", 1, 1, 1026, 64)
 
 
 class TestRefusals:

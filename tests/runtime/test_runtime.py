@@ -15,6 +15,7 @@ from thrifty import ThriftyError, native, spec
 from thrifty.errors import ThriftyWarning
 from thrifty.native._library import FORMAT_IDS
 from thrifty.runtime import Conversation, load
+from thrifty.runtime.decoder import NativeDecoder
 from thrifty.runtime.projection import Head
 
 SAMPLED = {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.1, "ignore_eos": True}
@@ -84,8 +85,12 @@ def test_thread_counts_give_the_same_bits(path, weight_format):
 
 @pytest.mark.skipif(not native.available(), reason="nothing to measure")
 def test_the_format_is_chosen_by_timing_both(path, monkeypatch):
-    chosen = load(path, n_threads=2)._decoder.weight_format
-    assert chosen in ("i2", "base3")
+    def chosen_format() -> str:
+        decoder = load(path, n_threads=2)._decoder
+        assert isinstance(decoder, NativeDecoder)
+        return decoder.weight_format
+
+    assert chosen_format() in ("i2", "base3")
     run = native.Program.run
     for slow, chosen in (("i2", "base3"), ("base3", "i2")):
 
@@ -97,7 +102,7 @@ def test_the_format_is_chosen_by_timing_both(path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(native.Program, "run", delayed)
-            assert load(path, n_threads=2)._decoder.weight_format == chosen
+            assert chosen_format() == chosen
 
 
 def test_generation_config_gives_the_defaults(tmp_path):

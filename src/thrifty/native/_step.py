@@ -157,11 +157,19 @@ class Program:
 
 
 def cache_nbytes(dtype: str, layers: int, kv_heads: int, head_dim: int, capacity: int) -> int:
-    """Bytes of the keys and values of a sequence; dtype 'F32', 'F16' or 'I8', capacity a multiple of CACHE_BLOCK."""
+    """Bytes of the keys and values of a sequence; dtype 'F32', 'F16' or 'I8', capacity a multiple of CACHE_BLOCK.
+
+    Raises ThriftyError for heads of more than 1024 at 'I8': beyond, a score is not exact.
+    """
     library = load()
     if library is None:
         raise ThriftyError("[step] a native cache needs the native library; install with a C++ compiler")
-    return library.cache_size(DTYPE_IDS[dtype], layers, kv_heads, head_dim, capacity)
+    nbytes = library.cache_size(DTYPE_IDS[dtype], layers, kv_heads, head_dim, capacity)
+    if nbytes == 0 and capacity > 0 and dtype == "I8":
+        raise ThriftyError(
+            f"[step] head_dim of an 8-bit cache must be 1024 at most; got {head_dim}; use a cache of 16 bits"
+        )
+    return nbytes
 
 
 def cache_copy(

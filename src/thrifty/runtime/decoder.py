@@ -14,8 +14,9 @@ from thrifty.runtime.cache import NativeCache
 from thrifty.runtime.fallback import NumpyDecoder
 from thrifty.runtime.program import DecoderProgram, Options, fastest_format
 
-#: Positions computed at a time when a prompt is read; memory does not grow with the prompt.
-PREFILL_ROWS = 512
+#: Positions computed at a time when a prompt is read: memory does not grow with the prompt, and what passes between ops
+#: stays in the last-level cache.
+PREFILL_ROWS = 256
 #: Positions whose logits are held at a time: a large vocabulary makes them the largest array.
 HEAD_ROWS = 32
 

@@ -64,10 +64,10 @@ class DecoderProgram:
     def _make_buffers(self) -> None:
         c, rows = self._config, self._options.rows
         qkv = TILE_ROWS * (tiles_of(c.q_size) + 2 * tiles_of(c.kv_size))
-        self._x = np.zeros((rows, c.hidden_size), np.float32)
-        self._qkv = np.zeros((rows, qkv), np.float32)
-        self._attended = np.zeros((rows, c.q_size), np.float32)
-        self._inner = np.zeros((rows, c.intermediate_size), np.float32)
+        self._x = _floats(rows, c.hidden_size)
+        self._qkv = _floats(rows, qkv)
+        self._attended = _floats(rows, c.q_size)
+        self._inner = _floats(rows, c.intermediate_size)
         self.logits = np.zeros((self._options.outputs, c.vocab_size), np.float32)
         # One row of a step is normalised by every thread for itself.
         own = max(rows, self._options.n_threads)
@@ -76,9 +76,7 @@ class DecoderProgram:
         # A row is padded to a block of its format, and then to a cache line.
         self._codes = native.aligned_empty(own * (widest + 2 * CACHE_LINE)).view(np.int8)
         self._scales = np.zeros(own, np.float32)
-        self._normed = np.zeros(
-            (own, widest if c.linear == "dense" else c.hidden_size) if floats else (0, 0), np.float32
-        )
+        self._normed = _floats(own if floats else 0, widest if c.linear == "dense" else c.hidden_size)
         self.rope = RopeTables(self._options.max_context, c.head_dim, c.rope_theta)
         part = c.num_attention_heads * (-(-c.head_dim // 16) * 16 + 16)
         self._scratch = np.zeros(_SPLIT_ROWS * -(-self._options.max_context // CHUNK) * part, np.float32)
@@ -201,3 +199,10 @@ def fastest_format(folder: Folder, options: Options) -> str:
             # Other work only ever adds to a time.
             seconds[name] = min(seconds[name], time.perf_counter() - start)
     return min(seconds, key=lambda name: seconds[name])
+
+
+def _floats(rows: int, cols: int) -> np.ndarray:
+    """Zeros float32 [rows, cols] on huge pages: a tile of a product writes a line of each row, else a page of each."""
+    out = native.aligned_empty(rows * cols * 4).view(np.float32).reshape(rows, cols)
+    out[:] = 0
+    return out
