@@ -93,7 +93,7 @@ def test_assistants_and_static_caches_serve_attention_and_are_refused_elsewhere(
     expected = model.generate(rows, **options)
     for way in ways:
         if model.config.is_stateful:
-            with pytest.raises(ThriftyError, match="give.* tokens back.* keep a bounded state; generate without"):
+            with pytest.raises(ThriftyError, match=r"give.* tokens back.* keep a bounded state; generate without"):
                 model.generate(rows, **options, **way)
         elif "dense" in str(model.config.linear):
             assert torch.equal(model.generate(rows, **options, **way), expected)

@@ -160,7 +160,7 @@ def test_a_time_limit_lowers_the_steps_and_a_resumed_run_keeps_them(tmp_path, mo
         ({"model": "doge", "keep_window_size": 8}, "doge"),
         ({"model": "doge", "linear": "ternary", "keep_window_size": 8}, "thrifty"),
         ({"model": "doge", "num_experts": 25, "num_experts_per_tok": 3}, "thrifty"),
-        ({"model": "cheems", "num_hidden_layers": 8}, "cheems"),
+        ({"model": "cheems"}, "cheems"),
         ({"model": "matmulfree"}, "matmulfree"),
     ],
 )
@@ -168,6 +168,8 @@ def test_every_family_trains_and_goes_on_from_its_checkpoint(tmp_path, fields, k
     family = MICRO.override(**fields)
     whole = train(tmp_path / "whole", preset=family)
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["model_type"] == kind
+    if kind == "cheems":
+        assert [whole.model.config.mixer(i) for i in range(2)] == ["ssd", "dynamic_mask"]
     losses = [entry["loss"] for entry in whole.history if "loss" in entry]
     assert losses[-1] < losses[0]
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")

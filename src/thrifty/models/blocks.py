@@ -43,6 +43,8 @@ def _dynamic_mask(config: ThriftyConfig, layer_idx: int) -> nn.Module:
         norm=None,
         eps=config.rms_norm_eps,
         layer_idx=layer_idx,
+        # The legacy router reads what stands at padding.
+        keyless_mean=config.feed_forward == "cdmoe" and config.router_layout == "legacy",
     )
 
 

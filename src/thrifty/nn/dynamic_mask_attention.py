@@ -33,7 +33,8 @@ class DynamicMaskAttention(nn.Module):
     included, as the first published code does: not causal, and dense.
 
     forward(x, rotary, mask, past_key_values): called as `BitAttention` is; mask is boolean [B, S], False at padding,
-    which is not seen and not kept; keys are kept in the `DynamicMaskLayer` number `layer_idx` of past_key_values.
+    which is not seen and not kept (a query without any key gives zeros before `o`; with keyless_mean the mean of all
+    values, as transformers' Doge does); keys are kept in the `DynamicMaskLayer` number `layer_idx` of past_key_values.
     Raises ThriftyError where heads and widths do not divide, and for a selection that keeps no key.
     """
 
@@ -57,6 +58,7 @@ class DynamicMaskAttention(nn.Module):
         norm: Norm = "rms",
         eps: float = 1e-5,
         layer_idx: int = 0,
+        keyless_mean: bool = False,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -75,6 +77,7 @@ class DynamicMaskAttention(nn.Module):
         self.head_dim = dim // heads if head_dim is None else head_dim
         self.attention_dropout = dropout
         self.layer_idx = layer_idx
+        self.keyless_mean = keyless_mean
         width, kv_width = heads * self.head_dim, kv_heads * self.head_dim
         score_heads = kv_heads if dt_heads == "kv" else heads
         self.q_proj = make_linear(weight, dim, width, bias, norm)
@@ -124,6 +127,9 @@ class DynamicMaskAttention(nn.Module):
             scores = _drop_lowest(scores, self.ratio)
         dropout = self.attention_dropout if self.training else 0.0
         y = ops.dynamic_mask_attention(q, k, v, scores, self.window, hidden, dropout)
+        if self.keyless_mean and seen is not None and v.shape[2] == x.shape[1]:
+            keyless = seen.cumsum(1)[:, None, :, None] == 0
+            y = torch.where(keyless, v.mean(2, keepdim=True).repeat_interleave(self.heads // v.shape[1], 1), y)
         y = y.transpose(1, 2).flatten(2)  # [B, T, heads * d]
         return self.o_proj(y if self.attn_sub_norm is None else self.attn_sub_norm(y))
 

@@ -37,6 +37,9 @@ def new_model(preset: Preset, tokenizer: Tokenizer) -> models.ThriftyForCausalLM
         shape["feed_forward"] = "cdmoe"
     else:
         del shape["num_experts"], shape["num_experts_per_tok"]
+    if make_config is models.CheemsConfig:
+        # Few layers have a dynamic mask too, the last one.
+        shape["attn_layer_period"] = min(8, shape["num_hidden_layers"])
     end = tokenizer.token_to_id(END)
     tokens = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     return make_model(make_config(**shape, **tokens, rope_parameters=rope, hidden_act="silu", tie_word_embeddings=True))
