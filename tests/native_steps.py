@@ -24,7 +24,7 @@ class Program:
         self._nowhere: tuple[int, int] | None = None
 
     def op(self, code: int, n: Sequence[int], p: Sequence[int], f: float = 0, flags: int = 0) -> None:
-        self._ops += [code, flags, *n, *[0] * (8 - len(n)), *p, *[NULL] * (6 - len(p))]
+        self._ops += [code, flags, *n, *[0] * (10 - len(n)), *p, *[NULL] * (8 - len(p))]
         self._floats += [f, 0]
 
     def run(
@@ -43,7 +43,7 @@ class Program:
         if not caches and self._nowhere is None:
             self._nowhere = self.case.given(np.zeros(64, np.uint8)), CACHE_BLOCK
         places = caches or [self._nowhere or (NULL, 0)]
-        count = len(self._ops) // 16
+        count = len(self._ops) // 20
         batch = [rows, integers(tokens), integers(positions), integers(slots), len(outputs), integers(outputs)]
         places = [len(places), *(number for place in places for number in place)]
         seconds = self.case.scratch(np.zeros(count, np.float64))

@@ -81,11 +81,11 @@ void score_queries(const float* const* q, const T* k, const T* ahead, size_t d, 
   constexpr int kMost = V::kBlocks > 1 ? (kCount > 4 ? 2 : 4) : 1;
   size_t b = 0;
   for (; b + kMost <= blocks; b += kMost) {
-    auto* out = reinterpret_cast<float (*)[kChunk]>(scores[0] + 16 * b);
+    auto* out = reinterpret_cast<float(*)[kChunk]>(scores[0] + 16 * b);
     score_blocks<V, T, kCount, kMost>(q, k + b * d * 16, ahead + b * d * 16, d, out);
   }
   for (; b < blocks; ++b) {
-    auto* out = reinterpret_cast<float (*)[kChunk]>(scores[0] + 16 * b);
+    auto* out = reinterpret_cast<float(*)[kChunk]>(scores[0] + 16 * b);
     score_blocks<V, T, kCount, 1>(q, k + b * d * 16, ahead + b * d * 16, d, out);
   }
 }
@@ -93,13 +93,14 @@ void score_queries(const float* const* q, const T* k, const T* ahead, size_t d, 
 /// Scores to weights exp(score - m) in place, those of positions from `count` on 0. An int8 key's scale goes into its
 /// score, and an int8 value's into its weight, once the weights are summed.
 template <class V>
-Softmax weigh(float* s, size_t count, float scale, const float* k_scales, const float* v_scales) {
+Softmax weigh(float* s, size_t count, float scale, const float* k_scales, const float* v_scales, const float* bias) {
   const size_t blocks = up_to(count, 16) / 16;
   const auto none = V::set(-INFINITY);
   auto most = none;
   for (size_t b = 0; b < blocks; ++b) {
     auto v = V::mul(V::load(s + 16 * b), V::set(scale));
     if (k_scales) v = V::mul(v, V::load(k_scales + 16 * b));
+    if (bias) v = V::add(v, V::load(bias + 16 * b));
     v = V::first(count - 16 * b, v, none);
     V::store(s + 16 * b, v);
     most = V::max(most, v);
@@ -200,7 +201,7 @@ void take_chunk(const Attention& a, const HeadCache& cache, size_t chunk, Querie
     const bool begun = set.begun[first];
     for (size_t i = first; i < end; ++i) {
       const Softmax part = weigh<V>(scores[i], count, a.scale, int8 ? cache.k_scales + start : nullptr,
-                                    int8 ? cache.v_scales + start : nullptr);
+                                    int8 ? cache.v_scales + start : nullptr, cache.bias ? cache.bias + start : nullptr);
       if (begun) {
         merges[i] = merge<V>(set.total[i], part);
       } else {

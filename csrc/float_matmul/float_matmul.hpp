@@ -38,7 +38,7 @@ void dot_tile(const FloatMatmul& m, size_t tile, size_t token) {
   for (size_t r = 0; r < kTileRows; r += kFloatRows) {
     const size_t row = tile * kTileRows + r;
     if (row >= m.rows) break;
-    auto* part = reinterpret_cast<float (*)[kTileRows]>(y[0] + r);
+    auto* part = reinterpret_cast<float(*)[kTileRows]>(y[0] + r);
     if (row + kFloatRows <= m.rows) {
       dot_rows<V, T, kTokens>(weights + row * m.cols, m.cols, x, m.x_stride, part);
       continue;

@@ -6,6 +6,7 @@
 
 #include "../pool.hpp"
 #include "thrifty.h"
+#include "topk.hpp"
 
 namespace thrifty {
 namespace {
@@ -165,6 +166,11 @@ void choose(const Rows& r, const float* x, const float* y, float* sums, int64_t*
 }
 
 }  // namespace
+
+void choose_experts(const float* x, const float* y, size_t n, size_t k, float* sums, int64_t* numbers) {
+  choose({x, n, y, n, n, k, sums, numbers}, x, y, sums, numbers);
+}
+
 }  // namespace thrifty
 
 using namespace thrifty;

@@ -19,6 +19,7 @@ struct HeadCache {
   char* v;
   float* k_scales;
   float* v_scales;
+  const float* bias = nullptr;  // of each position, added to its score
 
   static size_t layer_bytes(const Heads& h, size_t capacity) {
     const size_t elements = capacity * (h.head_dim + up_to(h.head_dim, 16));

@@ -187,7 +187,7 @@ int64_t rate_of(int64_t wanted, const Measure& measure) {
 }
 
 int64_t copy_cache(const Arguments& a) {
-  const thrifty_slot slot{a.p<void>(4), a(5)};
+  const thrifty_slot slot{a.p<void>(4), a(5), nullptr};
   return thrifty_cache_copy(a.i(0), a(1), a(2), a(3), &slot, a(6), a.p<void>(7), a.p<void>(8), a.p<float>(9),
                             a.p<float>(10), a.i(11));
 }
