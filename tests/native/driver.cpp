@@ -146,7 +146,7 @@ class Arguments {
   const Memory& memory_;
 };
 
-/// n_ops; of each op code, flags, n, p; then the fields of the batch, every cache as base and capacity; seconds.
+/// n_ops; of each op code, flags, n, p; then the fields of the batch, every cache as base, capacity and states; seconds.
 int64_t run_program(const Arguments& a, int threads) {
   const int64_t n_ops = a(0);
   size_t at = 1;
@@ -172,6 +172,7 @@ int64_t run_program(const Arguments& a, int threads) {
   for (auto& slot : slots) {
     slot.base = a.p<void>(at++);
     slot.capacity = a(at++);
+    slot.states = a.p<void>(at++);
   }
   b.caches = slots.data();
   return thrifty_run(ops.data(), n_ops, &b, threads, a.p<double>(at));
