@@ -177,7 +177,7 @@ def glu_case(rng: np.random.Generator, count: int, act: str) -> Case:
 def topk_case(rng: np.random.Generator, n: int, k: int) -> Case:
     case, sides = Case(f"product_key_topk {k} of {n}"), rng.standard_normal((2, 3, n + 1)).astype(np.float32)
     sides[:, 1] = 0
-    sums, numbers = spec.product_key_topk(*sides[:, :, :n], k)
+    sums, numbers = spec.product_key_topk(sides[0, :, :n], sides[1, :, :n], k)
     # The last row ends with its last score.
     x, y = (case.given(side.ravel()[:-1]) for side in sides)
     case.call("product_key_topk", x, n + 1, y, n + 1, 3, n, k, case.exact(sums), case.exact(numbers))
