@@ -19,9 +19,9 @@ constexpr uint64_t kPeakTurns = 4096;
 
 #define THRIFTY_MATMULS(isa, base3_isa) \
   {isa::matmul_i2, base3_isa::matmul_base3, nullptr, isa::matmul_i8, isa::matmul_i4}
-#define THRIFTY_STEP(isa)                                                                          \
+#define THRIFTY_STEP(isa)                                                                           \
   isa::float_matmul, isa::rope_cache, isa::attend, isa::attend_chunks, isa::merge_chunks, isa::glu, \
-      isa::product_key_experts
+      isa::product_key_experts, isa::turn_heads, isa::dynamic_mask, isa::mlgru, isa::ssd
 
 constexpr Kernels kGeneric = {THRIFTY_MATMULS(generic, generic),
                               generic::quantize,
@@ -208,7 +208,8 @@ int thrifty_rms_norm(const float* x, const float* gain, float eps, int64_t n, in
 }
 
 int thrifty_glu(const float* gate, const float* up, int activation, int64_t count, float* y, int n_threads) {
-  if (!gate || !y || count < 0 || activation < THRIFTY_SILU || activation > THRIFTY_RELU2) return THRIFTY_BAD_ARGUMENT;
+  if (!gate || !y || count < 0 || activation < THRIFTY_SILU || activation > THRIFTY_SIGMOID)
+    return THRIFTY_BAD_ARGUMENT;
   const auto run = kernels().glu;
   const size_t all = size_t(count);
   run_ranges(round_up(all, 16) / 16, 64, kQuantizeGrain, n_threads, [&](size_t first, size_t end) {

@@ -25,6 +25,7 @@ struct Output {
   const float* bias;
   int epilogue;
   int activation;
+  const float* factors = nullptr;  // of y, where the epilogue adds to it
 };
 
 /// A product with packed weights, its arguments checked.
@@ -99,6 +100,54 @@ struct Attention {
   size_t most_chunks;  // of a row, in the scratch
 };
 
+/// Keys kept by their scores, a bounded number for each score head of a sequence.
+struct DynamicMask {
+  Heads shape;  // kv_heads: score heads, each of which keeps keys of its own
+  const thrifty_batch* batch;
+  size_t kv_heads;
+  size_t window;  // 0 for all
+  size_t at;
+  size_t stride;  // of q, k and v
+  const float* q;
+  const float* k;
+  const float* v;
+  const float* scores;
+  float* y;
+  float scale;
+};
+
+struct Mlgru {
+  const thrifty_batch* batch;
+  size_t rows;
+  size_t d;
+  size_t x_stride;
+  size_t y_stride;
+  size_t at;
+  const float* f;
+  const float* c;
+  const float* g;
+  float* y;
+};
+
+struct Ssd {
+  const thrifty_batch* batch;
+  size_t rows;
+  size_t heads;
+  size_t groups;
+  size_t p;
+  size_t n;
+  size_t x_stride;
+  size_t dt_stride;
+  size_t y_stride;
+  size_t at;
+  const float* x;
+  const float* b;
+  const float* c;
+  const float* dt;
+  const float* a;
+  float* y;
+};
+
 /// Experts of one hidden unit, k for each row of x. Without `up` the hidden values are all that is wanted, without
 /// `down` the sum of `up` rows by the weights.
 struct ProductKeyExperts {
@@ -143,6 +192,13 @@ struct Kernels {
   void (*merge_chunks)(const Attention&, size_t row, size_t kv_head);
   void (*glu)(const float* gate, const float* up, int activation, size_t count, float* y);
   void (*product_key_experts)(const ProductKeyExperts&, size_t first_row, size_t end_row);
+  /// Turns heads that lie side by side to one position.
+  void (*turn_heads)(float* x, const float* cos, const float* sin, size_t head_dim, size_t heads);
+  /// Rows of one sequence, in order, and one score head.
+  void (*dynamic_mask)(const DynamicMask&, size_t first_row, size_t end_row, size_t score_head);
+  /// All rows; ranges are blocks of sixteen columns, and heads.
+  void (*mlgru)(const Mlgru&, size_t first_block, size_t end_block);
+  void (*ssd)(const Ssd&, size_t first_head, size_t end_head);
   uint64_t (*read)(const void* bytes, size_t count, int loop);
   /// Multiplies bytes and adds the products, in registers alone, and returns how many; the sums go into the sink.
   uint64_t (*multiply)(uint64_t turns, uint32_t* sink);
@@ -167,6 +223,10 @@ const Kernels& kernels();
   void merge_chunks(const Attention& a, size_t row, size_t kv_head);                            \
   void glu(const float* gate, const float* up, int act, size_t count, float* y);                \
   void product_key_experts(const ProductKeyExperts& e, size_t first, size_t end);               \
+  void turn_heads(float* x, const float* cos, const float* sin, size_t d, size_t heads);        \
+  void dynamic_mask(const DynamicMask& m, size_t first, size_t end, size_t head);               \
+  void mlgru(const Mlgru& m, size_t first, size_t end);                                         \
+  void ssd(const Ssd& s, size_t first, size_t end);                                             \
   }
 #define THRIFTY_QUANTIZE(isa)                                     \
   namespace isa {                                                 \

@@ -177,7 +177,7 @@ def glu_case(rng: np.random.Generator, count: int, act: str) -> Case:
 def topk_case(rng: np.random.Generator, n: int, k: int) -> Case:
     case, sides = Case(f"product_key_topk {k} of {n}"), rng.standard_normal((2, 3, n + 1)).astype(np.float32)
     sides[:, 1] = 0
-    sums, numbers = spec.product_key_topk(*sides[:, :, :n], k)
+    sums, numbers = spec.product_key_topk(sides[0, :, :n], sides[1, :, :n], k)
     # The last row ends with its last score.
     x, y = (case.given(side.ravel()[:-1]) for side in sides)
     case.call("product_key_topk", x, n + 1, y, n + 1, 3, n, k, case.exact(sums), case.exact(numbers))
@@ -311,14 +311,14 @@ def refused_cases() -> Iterator[Case]:
         case.call("quantize_per_token", a, a, 1, n, d, a, stride, a, floats=(1e-5,), result=BAD_ARGUMENT)
     for numbers in ((NULL, a, 1, 8, a), (a, a, 1, 8, NULL), (a, a, -1, 8, a), (a, a, 1, 0, a)):
         case.call("rms_norm", *numbers, floats=(1e-5,), result=BAD_ARGUMENT)
-    for numbers in ((NULL, a, 0, 8, a), (a, a, 0, 8, NULL), (a, a, -1, 8, a), (a, a, 5, 8, a), (a, a, 0, -1, a)):
+    for numbers in ((NULL, a, 0, 8, a), (a, a, 0, 8, NULL), (a, a, -1, 8, a), (a, a, 6, 8, a), (a, a, 0, -1, a)):
         case.call("glu", *numbers, result=BAD_ARGUMENT)
     topk = [a, 4, a, 4, 1, 4, 2, a, a]
     for at, value in ((0, NULL), (2, NULL), (7, NULL), (8, NULL), (1, 3), (3, 3), (4, -1), (5, 0), (6, 0), (6, 17)):
         numbers = [value if i == at else number for i, number in enumerate(topk)]
         case.call("product_key_topk", *numbers, result=BAD_ARGUMENT)
     experts = [a, a, a, a, a, 0, 0, 1, 1, 4, 1, a, a]
-    wrong = ((0, NULL), (1, NULL), (2, NULL), (6, 5), (7, -1), (8, 0), (9, 0), (10, 0), (11, NULL), (12, NULL))
+    wrong = ((0, NULL), (1, NULL), (2, NULL), (6, 6), (7, -1), (8, 0), (9, 0), (10, 0), (11, NULL), (12, NULL))
     for at, value in wrong:
         numbers = [value if i == at else number for i, number in enumerate(experts)]
         case.call("product_key_experts", *numbers, result=BAD_ARGUMENT)

@@ -24,7 +24,7 @@ class Program:
         self._nowhere: tuple[int, int] | None = None
 
     def op(self, code: int, n: Sequence[int], p: Sequence[int], f: float = 0, flags: int = 0) -> None:
-        self._ops += [code, flags, *n, *[0] * (8 - len(n)), *p, *[NULL] * (6 - len(p))]
+        self._ops += [code, flags, *n, *[0] * (10 - len(n)), *p, *[NULL] * (8 - len(p))]
         self._floats += [f, 0]
 
     def run(
@@ -34,7 +34,7 @@ class Program:
         positions: Sequence[int] = (),
         slots: Sequence[int] = (),
         outputs: Sequence[int] = (),
-        caches: Sequence[tuple[int, int]] = (),
+        caches: Sequence[tuple[int, ...]] = (),
         result: int = 0,
     ) -> None:
         def integers(values: Sequence[int]) -> int:
@@ -43,9 +43,9 @@ class Program:
         if not caches and self._nowhere is None:
             self._nowhere = self.case.given(np.zeros(64, np.uint8)), CACHE_BLOCK
         places = caches or [self._nowhere or (NULL, 0)]
-        count = len(self._ops) // 16
+        count = len(self._ops) // 20
         batch = [rows, integers(tokens), integers(positions), integers(slots), len(outputs), integers(outputs)]
-        places = [len(places), *(number for place in places for number in place)]
+        places = [len(places), *(number for place in places for number in (*place, NULL)[:3])]
         seconds = self.case.scratch(np.zeros(count, np.float64))
         self.case.call("run", count, *self._ops, *batch, *places, seconds, floats=self._floats, result=result)
 
@@ -318,7 +318,7 @@ def refused_cases() -> Iterator[Case]:
     attention = (2, 1, 8, 0, 0, 16, 16, 0)
     for code, n, p in (
         (-1, (1,) * 8, [a] * 6),
-        (7, (1,) * 8, [a] * 6),
+        (13, (1,) * 8, [a] * 6),
         (OpCode.EMBED, (10, 4, DTYPE_IDS["I8"], 4), (a, a)),
         (OpCode.EMBED, (10, 4, 0, -4), (a, a)),
         (OpCode.EMBED, (10, 4, 0, 4), (a,)),
@@ -332,7 +332,7 @@ def refused_cases() -> Iterator[Case]:
         (OpCode.MATMUL, (1 << 32, *matmul[1:]), (a, a, NULL, a, a, a)),
         (OpCode.MATMUL, (0, 16, 17, 16, 16, 16), (a, a, NULL, a, a, a)),
         (OpCode.MATMUL, (*matmul, 4), (a, a, NULL, a, a, a)),
-        (OpCode.MATMUL, (*matmul, Epilogue.ACT, 5), (a, a, NULL, a, a, a)),
+        (OpCode.MATMUL, (*matmul, Epilogue.ACT, 6), (a, a, NULL, a, a, a)),
         (OpCode.MATMUL, matmul, (NULL, a, NULL, a, a, a)),
         (OpCode.MATMUL, matmul, (a, a, NULL, a, a)),
         (OpCode.FLOAT_MATMUL, (DTYPE_IDS["I8"], *matmul[1:]), (a, NULL, NULL, a, NULL, a)),

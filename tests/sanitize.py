@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from native_cases import refused_cases, single_cases, write
+from native_states import state_cases
 from native_steps import step_cases
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +55,7 @@ def main() -> None:
     if lacking:
         sys.exit(f"native: FAILED, the compiler lacks -fsanitize={BUILDS[lacking[0]]}")
     rng = np.random.default_rng(7)
-    write(folder / "cases", [*single_cases(rng), *step_cases(rng), *refused_cases()])
+    write(folder / "cases", [*single_cases(rng), *step_cases(rng), *state_cases(rng), *refused_cases()])
     for name, sanitizers in BUILDS.items():
         driver = build(name, sanitizers, folder)
         print(f"native: under {name}: ", end="", flush=True)

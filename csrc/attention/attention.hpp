@@ -49,12 +49,14 @@ void score_queries(const float* const* q, const T* k, const T* ahead, size_t d, 
 
 /// Scores to weights exp(score - m) in place, those of positions from `count` on 0.
 template <class V>
-Softmax weigh(float* s, size_t count, float scale) {
+Softmax weigh(float* s, size_t count, float scale, const float* bias) {
   const size_t blocks = up_to(count, 16) / 16;
   const auto none = V::set(-INFINITY);
   auto most = none;
   for (size_t b = 0; b < blocks; ++b) {
-    const auto v = V::first(count - 16 * b, V::mul(V::load(s + 16 * b), V::set(scale)), none);
+    auto v = V::mul(V::load(s + 16 * b), V::set(scale));
+    if (bias) v = V::add(v, V::load(bias + 16 * b));
+    v = V::first(count - 16 * b, v, none);
     V::store(s + 16 * b, v);
     most = V::max(most, v);
   }
@@ -135,7 +137,7 @@ void take_chunk(const Attention& a, const HeadCache& cache, size_t chunk, Querie
     const size_t count = set.length[first] - start < kChunk ? set.length[first] - start : kChunk;
     const bool begun = set.begun[first];
     for (size_t i = first; i < end; ++i) {
-      merges[i] = add_part<V>(set, i, weigh<V>(scores[i], count, a.scale));
+      merges[i] = add_part<V>(set, i, weigh<V>(scores[i], count, a.scale, cache.bias_from(start)));
     }
     in_runs<4>(end - first, [&](auto n, size_t at) {
       at += first;

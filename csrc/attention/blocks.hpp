@@ -113,7 +113,7 @@ void attend_block(const Attention& a, const HeadCache& cache, QueryBlock& set) {
     while (set.length[active] <= start) ++active;
     score_chunk<V>(set, reinterpret_cast<const T*>(cache.k) + start * d, d, start, active);
     for (size_t i = active; i < set.count; ++i) {
-      const Softmax part = weigh<V>(set.scores[i], set.seen(i, start), a.scale);
+      const Softmax part = weigh<V>(set.scores[i], set.seen(i, start), a.scale, cache.bias_from(start));
       if (start == 0) {
         set.total[i] = part;
       } else {

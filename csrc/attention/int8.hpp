@@ -102,7 +102,7 @@ struct CodedWeights {
 /// the rest.
 template <class V>
 void weigh_int8(float (*s)[kChunk], size_t queries, size_t count, const float* scale, const float* k_scales,
-                const float* v_scales, Ahead& ahead, CodedWeights<V>* w, Softmax* parts) {
+                const float* v_scales, const float* bias, Ahead& ahead, CodedWeights<V>* w, Softmax* parts) {
   const size_t blocks = up_to(count, 16) / 16;
   const auto none = V::set(-INFINITY), zero = V::set(0.0f);
   Ahead lines = ahead;
@@ -110,7 +110,8 @@ void weigh_int8(float (*s)[kChunk], size_t queries, size_t count, const float* s
   for (size_t j = 0; j < queries; ++j) {
     most[j] = none;
     for (size_t b = 0; b < blocks; ++b) {
-      const auto v = V::mul(V::mul(V::load(s[j] + 16 * b), V::set(scale[j])), V::load(k_scales + 16 * b));
+      auto v = V::mul(V::mul(V::load(s[j] + 16 * b), V::set(scale[j])), V::load(k_scales + 16 * b));
+      if (bias) v = V::add(v, V::load(bias + 16 * b));
       const auto seen = V::first(count - 16 * b, v, none);
       V::store(s[j] + 16 * b, seen);
       most[j] = V::max(most[j], seen);
@@ -221,7 +222,7 @@ void take_int8_chunk(const Attention& a, const HeadCache& cache, size_t chunk, c
     Softmax parts[kQueries];
     const bool begun = set.begun[first];
     weigh_int8<V>(scores + first, end - first, count, q.scale + first, cache.k_scales + start, cache.v_scales + start,
-                  keys, weights + first, parts + first);
+                  cache.bias_from(start), keys, weights + first, parts + first);
     for (size_t i = first; i < end; ++i) merges[i] = add_part<V>(set, i, parts[i]);
     in_runs<V::kBlocks == 1 ? 2 : 4>(end - first, [&](auto n, size_t at) {
       at += first;

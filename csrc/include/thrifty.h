@@ -21,7 +21,7 @@ extern "C" {
 #endif
 
 /* Raised when a signature below changes; the loader refuses any other number. */
-#define THRIFTY_ABI_VERSION 5
+#define THRIFTY_ABI_VERSION 6
 
 enum thrifty_status {
   THRIFTY_OK = 0,
@@ -145,7 +145,8 @@ enum thrifty_activation {
   THRIFTY_GELU = 1,
   THRIFTY_GELU_TANH = 2,
   THRIFTY_RELU = 3,
-  THRIFTY_RELU2 = 4
+  THRIFTY_RELU2 = 4,
+  THRIFTY_SIGMOID = 5
 };
 
 /* What a product does with a value v of column c. GATE_UP: tiles of 16 rows alternate between gate and up, and
@@ -154,11 +155,13 @@ enum thrifty_epilogue { THRIFTY_STORE = 0, THRIFTY_ADD = 1, THRIFTY_ACT = 2, THR
 
 /* Keys and values of one sequence: base, aligned to 64 bytes, of thrifty_cache_size bytes for `capacity` positions,
  * a multiple of THRIFTY_CACHE_BLOCK. Nothing needs to be zero. Where the keys of a layer lie is the library's affair,
- * and depends on dtype, kv_heads and head_dim. */
+ * and depends on dtype, kv_heads and head_dim. states: what ops keep that does not grow with the positions, aligned
+ * alike; each says where, and how many bytes. NULL where no op does. */
 #define THRIFTY_CACHE_BLOCK 64
 typedef struct thrifty_slot {
   void* base;
   int64_t capacity;
+  void* states;
 } thrifty_slot;
 THRIFTY_API size_t thrifty_cache_size(int dtype, int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t capacity);
 /* The first `count` positions of a cache as plain arrays, or with `into` from those arrays into the cache. k, v:
@@ -196,13 +199,32 @@ enum thrifty_op_flags {
  * QUANTIZE      d, x stride, codes stride; eps; x, gain or NULL, codes int8, scales
  * RMS_NORM      d, x stride, y stride; eps; x, gain or NULL, y
  * MATMUL        format, rows, cols, x stride, y stride, y cols, epilogue, activation;; packed, w_scale [rows padded to
- *               16], bias alike or NULL, codes, scales, y
- * FLOAT_MATMUL  the same with a dtype for the format;; weights [rows, cols], NULL, bias or NULL, x, NULL, y
+ *               16], bias alike or NULL, codes, scales, y, factors [y cols] of what ADD adds to, or NULL
+ * FLOAT_MATMUL  the same with a dtype for the format;; weights [rows, cols], NULL, bias or NULL, x, NULL, y, factors
  * ROPE_CACHE    heads, kv heads, head dim, layer, cache dtype, qkv stride, k offset, v offset;; qkv, cos, sin
  *               [positions, head dim / 2]. Turns q where it is; k and v go to the caches.
  * ATTENTION     heads, kv heads, head dim, layer, cache dtype, q stride, y stride, scratch; scale; q, y, scratch:
  *               floats, at least (round_up(head dim, 16) + 16) * heads * chunks of 256 positions for each row that
- *               is to be split between threads. */
+ *               is to be split between threads.
+ * HEADS         heads, more heads, head dim, x stride, more at; eps; x, cos, sin or NULL, gain, more gain or NULL. In
+ *               place, rms_norm and rotary positions, each where given, of `heads` heads from 0 and of `more` heads
+ *               from `more at` on.
+ * KEY_SCORES    width, heads, x stride;; x, A [heads], weights float [heads, width], bias [heads] or NULL, y [heads]:
+ *               exp(A softplus(W x + b)), in float64.
+ * DYNAMIC_MASK  heads, kv heads, head dim, score heads, window or 0 for all, cache dtype, stride, layer, at; scale; q,
+ *               k, v, scores [score heads], y [heads * head dim]. Keeps a key among the `window` best of its score
+ *               head, the newer of equals, and attends to those kept, scores added. Layer l lies at + l * bytes behind
+ *               `states`: keys and values as of thrifty_cache_size for score heads and s slots, s = min(window,
+ *               capacity) padded to THRIFTY_CACHE_BLOCK, then scores float and positions int32 [score heads, s].
+ * MLGRU         d, x stride, y stride, at;; f, c, g or NULL for ones, y: h = f h + (1 - f) c, y = g h. State: d floats.
+ * SSD           heads, groups, p, n, x stride, dt stride, y stride, at;; x [heads * p], B, C [groups * n], dt [heads],
+ *               A [heads], y [heads * p]: with s = softplus(dt), h = exp(A s) h + s x B^T, y = h C. B and C have the
+ *               stride of x. State: floats [heads, n, p padded to 16].
+ * EXPERTS       heads, k, n, d, dtype, activation, norm (0 or 1), x stride, scratch stride;; x, scores [2, heads, n],
+ *               down, up [n * n, d], shared, y, factors of y or NULL, scratch: 4 heads k + d floats or more, an even
+ *               count. y = factors y + (shared + experts): each head's k best, weighted by the softmax of their sums,
+ *               which are divided by the sum over all heads where norm is 1. shared and y have stride d.
+ * What MLGRU and SSD keep, and which slots of DYNAMIC_MASK are filled, begins anew at position 0. */
 enum thrifty_op_code {
   THRIFTY_OP_EMBED = 0,
   THRIFTY_OP_QUANTIZE = 1,
@@ -211,14 +233,20 @@ enum thrifty_op_code {
   THRIFTY_OP_FLOAT_MATMUL = 4,
   THRIFTY_OP_ROPE_CACHE = 5,
   THRIFTY_OP_ATTENTION = 6,
-  THRIFTY_OP_COUNT = 7
+  THRIFTY_OP_HEADS = 7,
+  THRIFTY_OP_KEY_SCORES = 8,
+  THRIFTY_OP_DYNAMIC_MASK = 9,
+  THRIFTY_OP_MLGRU = 10,
+  THRIFTY_OP_SSD = 11,
+  THRIFTY_OP_EXPERTS = 12,
+  THRIFTY_OP_COUNT = 13
 };
 typedef struct thrifty_op {
   int32_t code;
   int32_t flags;
-  int64_t n[8];
+  int64_t n[10];
   float f[2];
-  void* p[6];
+  void* p[8];
 } thrifty_op;
 
 #define THRIFTY_MOST_OPS 4096

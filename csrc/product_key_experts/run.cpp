@@ -16,7 +16,7 @@ int thrifty_product_key_experts(const float* x, const int64_t* indices, const fl
                                 int64_t experts, float* hidden, float* y, int n_threads) {
   const bool fits = n >= 0 && k > 0 && d > 0 && experts > 0 && indices && (down || up) && (!down || (x && hidden)) &&
                     (!up || (weights && y));
-  if (!fits || activation < THRIFTY_SILU || activation > THRIFTY_RELU2) return THRIFTY_BAD_ARGUMENT;
+  if (!fits || activation < THRIFTY_SILU || activation > THRIFTY_SIGMOID) return THRIFTY_BAD_ARGUMENT;
   if (dtype < THRIFTY_F32 || dtype > THRIFTY_F16) return THRIFTY_BAD_FORMAT;
   for (int64_t i = 0; i < n * k; ++i) {
     if (indices[i] < 0 || indices[i] >= experts) return THRIFTY_BAD_ARGUMENT;

@@ -1,3 +1,5 @@
+#include "topk.hpp"
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -165,6 +167,11 @@ void choose(const Rows& r, const float* x, const float* y, float* sums, int64_t*
 }
 
 }  // namespace
+
+void choose_experts(const float* x, const float* y, size_t n, size_t k, float* sums, int64_t* numbers) {
+  choose({x, n, y, n, n, k, sums, numbers}, x, y, sums, numbers);
+}
+
 }  // namespace thrifty
 
 using namespace thrifty;

@@ -22,6 +22,9 @@ struct HeadCache {
   char* v;
   float* k_scales;
   float* v_scales;
+  const float* bias = nullptr;  // of each position, added to its score
+
+  const float* bias_from(size_t position) const { return bias ? bias + position : nullptr; }
 
   /// Elements of a position's key.
   static size_t key_of(const Heads& h) { return h.dtype == THRIFTY_INT8 ? up_to(h.head_dim, 4) : h.head_dim; }

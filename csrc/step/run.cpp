@@ -5,8 +5,11 @@
 
 #include "../formats.hpp"
 #include "../pool.hpp"
+#include "../softplus.hpp"
 #include "../vector/scalars.hpp"
 #include "cache.hpp"
+#include "experts.hpp"
+#include "valid.hpp"
 
 namespace thrifty {
 namespace {
@@ -52,6 +55,9 @@ class Work {
       : step_(step), op_(step.ops[op]), batch_(*step.batch), kernels_(*step.kernels), threads_(step.threads) {
     rows_ = size_t(flag(THRIFTY_OUTPUTS) ? batch_.n_outputs : batch_.n);
     if (op_.code == THRIFTY_OP_ATTENTION && rows_ > 0) prepare_attention();
+    if (op_.code == THRIFTY_OP_DYNAMIC_MASK) {
+      for (size_t row = 0; row < rows_; row = sequence_end(row)) ++items_;
+    }
   }
 
   /// Whether threads make copies of the op's row for themselves, with the product after it.
@@ -79,6 +85,12 @@ class Work {
       case THRIFTY_OP_MATMUL: return matmul(range, own);
       case THRIFTY_OP_FLOAT_MATMUL: return float_matmul(range, own);
       case THRIFTY_OP_ROPE_CACHE: return rope_cache(range);
+      case THRIFTY_OP_HEADS: return turn_heads(range);
+      case THRIFTY_OP_KEY_SCORES: return key_scores(range);
+      case THRIFTY_OP_DYNAMIC_MASK: return dynamic_mask(range);
+      case THRIFTY_OP_MLGRU: return kernels_.mlgru(mlgru(), range.first, range.end);
+      case THRIFTY_OP_SSD: return kernels_.ssd(ssd(), range.first, range.end);
+      case THRIFTY_OP_EXPERTS: return experts(range);
       default: return phase == 1 ? merge(range) : split_ ? split_attention(range) : whole_attention(range);
     }
   }
@@ -91,11 +103,18 @@ class Work {
     return static_cast<T*>(op_.p[i]);
   }
 
-  /// What a range counts: rows, tiles (pairs of them where gate and up stay together), or items of attention.
+  /// What a range counts: rows, tiles (pairs of them where gate and up stay together), items of attention, or, where a
+  /// sequence's rows are taken in order, what is apart in each: score heads, columns, heads.
   size_t units(int phase) const {
     if (is_product()) return up_to(n(1), kTileRows) / kTileRows / tiles_per_unit();
     if (op_.code == THRIFTY_OP_ROPE_CACHE || phase == 1) return rows_ * n(1);
-    return op_.code == THRIFTY_OP_ATTENTION ? items_ : rows_;
+    switch (op_.code) {
+      case THRIFTY_OP_ATTENTION: return items_;
+      case THRIFTY_OP_DYNAMIC_MASK: return items_ * n(3);
+      case THRIFTY_OP_MLGRU: return up_to(n(0), 16) / 16;
+      case THRIFTY_OP_SSD: return n(0);
+      default: return rows_;
+    }
   }
 
   /// Bytes of weights, or what costs as much.
@@ -107,6 +126,11 @@ class Work {
       case THRIFTY_OP_ROPE_CACHE: return rows_ * n(0) * n(2) * 4;
       case THRIFTY_OP_ATTENTION:
         return phase == 1 ? rows_ * n(0) * n(2) * chunks_ : rows_ * n(1) * n(2) * chunks_ * 256;
+      case THRIFTY_OP_KEY_SCORES: return rows_ * n(0) * n(1) * 8;
+      case THRIFTY_OP_DYNAMIC_MASK: return rows_ * n(0) * n(2) * kChunk;
+      case THRIFTY_OP_MLGRU: return rows_ * n(0) * 16;
+      case THRIFTY_OP_SSD: return rows_ * n(0) * n(2) * n(3) * 4;
+      case THRIFTY_OP_EXPERTS: return rows_ * n(0) * n(1) * n(3) * 4;
       default: return rows_ * n(0) * 4;
     }
   }
@@ -149,7 +173,9 @@ class Work {
   }
 
   size_t tiles_per_unit() const { return op_.n[6] == THRIFTY_GATE_UP ? 2 : 1; }
-  Output output() const { return {p<float>(5), n(4), n(5), p<const float>(2), int(op_.n[6]), int(op_.n[7])}; }
+  Output output() const {
+    return {p<float>(5), n(4), n(5), p<const float>(2), int(op_.n[6]), int(op_.n[7]), p<const float>(6)};
+  }
 
   void matmul(Range units, size_t own) const {
     const size_t block_cols = kFormats[op_.n[0]].col_multiple;
@@ -177,6 +203,110 @@ class Work {
   void rope_cache(Range items) const {
     const RopeCache r{heads(), &batch_, p<float>(0), n(5), n(6), n(7), p<const float>(1), p<const float>(2)};
     kernels_.rope_cache(r, items.first, items.end);
+  }
+
+  void turn_heads(Range rows) const {
+    const size_t d = n(2);
+    const auto each = [&](float* x, size_t count, const float* gain, size_t position) {
+      const TokenRows norm{x, gain, op_.f[0], true, d, d, nullptr, d, nullptr, x};
+      if (gain) kernels_.rms_norm(norm, 0, count);
+      const size_t at = position * (d / 2);
+      if (p<float>(1)) kernels_.turn_heads(x, p<const float>(1) + at, p<const float>(2) + at, d, count);
+    };
+    for (size_t row = rows.first; row < rows.end; ++row) {
+      float* x = p<float>(0) + row * n(3);
+      each(x, n(0), p<const float>(3), size_t(batch_.positions[row]));
+      each(x + n(4), n(1), p<const float>(4), size_t(batch_.positions[row]));
+    }
+  }
+
+  // In eight partial sums, so that compilers keep them in registers side by side.
+  void key_scores(Range rows) const {
+    constexpr size_t lanes = 8;
+    const size_t width = n(0), heads = n(1);
+    for (size_t row = rows.first; row < rows.end; ++row) {
+      const float* x = p<const float>(0) + row * n(2);
+      for (size_t head = 0; head < heads; ++head) {
+        const float* w = p<const float>(2) + head * width;
+        double sums[lanes] = {};
+        size_t i = 0;
+        for (; i + lanes <= width; i += lanes) {
+          for (size_t j = 0; j < lanes; ++j) sums[j] += double(x[i + j]) * double(w[i + j]);
+        }
+        for (; i < width; ++i) sums[0] += double(x[i]) * double(w[i]);
+        double dt = p<const float>(3) ? double(p<const float>(3)[head]) : 0;
+        for (double sum : sums) dt += sum;
+        p<float>(4)[row * heads + head] = float(std::exp(double(p<const float>(1)[head]) * softplus(dt)));
+      }
+    }
+  }
+
+  size_t sequence_end(size_t row) const {
+    size_t end = row + 1;
+    while (end < rows_ && batch_.slots[end] == batch_.slots[row]) ++end;
+    return end;
+  }
+
+  void dynamic_mask(Range items) const {
+    const DynamicMask m{{n(0), n(3), n(2), n(7), int(op_.n[5])},
+                        &batch_,
+                        n(1),
+                        n(4),
+                        n(8),
+                        n(6),
+                        p<const float>(0),
+                        p<const float>(1),
+                        p<const float>(2),
+                        p<const float>(3),
+                        p<float>(4),
+                        op_.f[0]};
+    size_t item = 0;
+    for (size_t row = 0; row < rows_; row = sequence_end(row)) {
+      for (size_t head = 0; head < n(3); ++head, ++item) {
+        if (item >= items.first && item < items.end) kernels_.dynamic_mask(m, row, sequence_end(row), head);
+      }
+    }
+  }
+
+  Mlgru mlgru() const {
+    return {&batch_,           rows_,      n(0), n(1), n(2), n(3), p<const float>(0), p<const float>(1),
+            p<const float>(2), p<float>(3)};
+  }
+
+  Ssd ssd() const {
+    return {&batch_,
+            rows_,
+            n(0),
+            n(1),
+            n(2),
+            n(3),
+            n(4),
+            n(5),
+            n(6),
+            n(7),
+            p<const float>(0),
+            p<const float>(1),
+            p<const float>(2),
+            p<const float>(3),
+            p<const float>(4),
+            p<float>(5)};
+  }
+
+  void experts(Range rows) const {
+    const RoutedExperts e{n(0),
+                          n(1),
+                          n(2),
+                          n(3),
+                          int(op_.n[4]),
+                          int(op_.n[5]),
+                          op_.n[6] != 0,
+                          p<const void>(2),
+                          p<const void>(3),
+                          p<const float>(6)};
+    for (size_t row = rows.first; row < rows.end; ++row) {
+      add_experts(e, kernels_, p<const float>(0) + row * n(7), p<const float>(1) + row * 2 * n(0) * n(2),
+                  p<const float>(4) + row * n(3), p<float>(5) + row * n(3), p<float>(7) + row * n(8));
+    }
   }
 
   size_t chunks(size_t row) const { return (size_t(batch_.positions[row]) + kChunk) / kChunk; }
@@ -327,70 +457,6 @@ class Runner {
 };
 
 void run_part(const void* context, int part, int) { Runner(*static_cast<const Step*>(context), size_t(part)).run(); }
-
-bool valid_epilogue(const thrifty_op& op) { return op.n[6] <= THRIFTY_GATE_UP && op.n[7] <= THRIFTY_RELU2; }
-
-bool valid_heads(const thrifty_op& op) {
-  const bool dtype = op.n[4] == THRIFTY_F32 || op.n[4] == THRIFTY_F16 || op.n[4] == THRIFTY_INT8;
-  const bool wide = op.n[4] == THRIFTY_INT8 && op.n[2] > int64_t{kMostInt8Dim};
-  return op.n[1] > 0 && op.n[0] % op.n[1] == 0 && op.n[2] > 0 && dtype && !wide && op.p[0] && op.p[1] && op.p[2];
-}
-
-bool valid_op(const thrifty_op& op) {
-  for (int64_t n : op.n) {
-    if (n < 0) return false;
-  }
-  switch (op.code) {
-    case THRIFTY_OP_EMBED: return op.p[0] && op.p[1] && op.n[2] <= THRIFTY_F16;
-    case THRIFTY_OP_QUANTIZE: return op.p[0] && op.p[2] && op.p[3] && op.n[2] >= op.n[0] && op.n[0] > 0;
-    case THRIFTY_OP_RMS_NORM: return op.p[0] && op.p[2] && op.n[0] > 0;
-    case THRIFTY_OP_MATMUL:
-      return op.n[0] < THRIFTY_FORMAT_COUNT && op.n[0] != THRIFTY_ROW_BLOCK && valid_shape(op.n[1], op.n[2]) &&
-             op.n[2] <= kFormats[op.n[0]].most_cols &&
-             op.n[3] >= int64_t(round_up(size_t(op.n[2]), kFormats[op.n[0]].col_multiple)) && valid_epilogue(op) &&
-             op.p[0] && op.p[1] && op.p[3] && op.p[4] && op.p[5];
-    case THRIFTY_OP_FLOAT_MATMUL: return op.n[0] <= THRIFTY_F16 && valid_epilogue(op) && op.p[0] && op.p[3] && op.p[5];
-    case THRIFTY_OP_ROPE_CACHE: return valid_heads(op) && op.n[2] % 2 == 0;
-    case THRIFTY_OP_ATTENTION: return valid_heads(op);
-    default: return false;
-  }
-}
-
-// A private op is one of a pair: what makes the copy, and the product that reads it.
-bool valid_pairs(const thrifty_op* ops, int64_t n_ops) {
-  constexpr int32_t common = THRIFTY_PRIVATE | THRIFTY_OUTPUTS;
-  for (int64_t i = 0; i < n_ops; ++i) {
-    if (!(ops[i].flags & THRIFTY_PRIVATE)) continue;
-    const bool codes = ops[i].code == THRIFTY_OP_QUANTIZE;
-    if (!codes && ops[i].code != THRIFTY_OP_RMS_NORM) return false;
-    const thrifty_op* product = &ops[++i];
-    if (i == n_ops || product->code != (codes ? THRIFTY_OP_MATMUL : THRIFTY_OP_FLOAT_MATMUL)) return false;
-    if ((product->flags & common) != (ops[i - 1].flags & common)) return false;
-  }
-  return true;
-}
-
-bool valid_batch(const thrifty_batch& b, const thrifty_op* ops, size_t n_ops) {
-  if (b.n < 0 || !b.tokens || !b.positions || !b.slots || !b.caches || b.n_outputs < 0) return false;
-  if (b.n_outputs > 0 && !b.outputs) return false;
-  for (int64_t i = 0; i < b.n; ++i) {
-    if (b.slots[i] < 0 || b.slots[i] >= b.n_caches || b.positions[i] < 0) return false;
-    if (b.positions[i] >= b.caches[b.slots[i]].capacity) return false;
-  }
-  for (int64_t i = 0; i < b.n_outputs; ++i) {
-    if (b.outputs[i] < 0 || b.outputs[i] >= b.n) return false;
-  }
-  for (int64_t i = 0; i < b.n_caches; ++i) {
-    if (!b.caches[i].base || b.caches[i].capacity % THRIFTY_CACHE_BLOCK != 0) return false;
-  }
-  for (size_t op = 0; op < n_ops; ++op) {
-    if (ops[op].code != THRIFTY_OP_EMBED) continue;
-    for (int64_t i = 0; i < b.n; ++i) {
-      if (b.tokens[i] < 0 || b.tokens[i] >= ops[op].n[0]) return false;
-    }
-  }
-  return true;
-}
 
 }  // namespace
 }  // namespace thrifty

@@ -91,6 +91,13 @@ typename V::F silu(typename V::F x) {
   return V::div(V::mul(x, V::where_negative(x, e, one)), V::add(one, e));
 }
 
+template <class V>
+typename V::F sigmoid(typename V::F x) {
+  const auto e = exp_negative<V>(negate<V>(V::abs(x)));
+  const auto one = V::set(1.0f);
+  return V::div(V::where_negative(x, e, one), V::add(one, e));
+}
+
 /// x Phi(x) through erf: Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
 template <class V>
 typename V::F gelu(typename V::F x) {
@@ -123,6 +130,7 @@ typename V::F activate(int activation, typename V::F x) {
     case THRIFTY_SILU: return silu<V>(x);
     case THRIFTY_GELU: return gelu<V>(x);
     case THRIFTY_GELU_TANH: return gelu_tanh<V>(x);
+    case THRIFTY_SIGMOID: return sigmoid<V>(x);
     default: break;
   }
   const auto positive = V::max(V::set(0.0f), x);

@@ -19,7 +19,9 @@ void emit(const Output& o, size_t tile, size_t token, typename V::F v) {
   if (o.epilogue == THRIFTY_ACT || (pairs && tile % 2 == 0)) {
     v = activate<V>(o.activation, v);
   } else if (o.epilogue == THRIFTY_ADD) {
-    v = V::add(load_some<V>(y, count), v);
+    auto before = load_some<V>(y, count);
+    if (o.factors) before = V::mul(before, load_some<V>(o.factors + first, count));
+    v = V::add(before, v);
   } else if (pairs) {
     v = V::mul(load_some<V>(y, count), v);
   }

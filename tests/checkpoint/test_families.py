@@ -4,7 +4,6 @@ import pytest
 import torch
 from models.suite import MIXTURES, QUANTISED, small_model
 
-from thrifty import ThriftyError
 from thrifty.checkpoint import open_folder
 from thrifty.models import save_packed
 
@@ -26,11 +25,3 @@ def test_every_mixture_is_read_packed(mixture, tmp_path):
     assert folder.config.storage == "multiplies"
     for name, tensor in folder.tensors.items():
         assert (tensor.dtype == "U8") == (f"{name}_scale" in folder.tensors)
-
-
-def test_what_is_not_run_yet_is_refused(tmp_path):
-    from thrifty.runtime import load
-
-    save_packed(small_model("matmulfree"), tmp_path, torch.bfloat16)
-    with pytest.raises(ThriftyError, match="mlgru"):
-        load(tmp_path)

@@ -146,7 +146,8 @@ class Arguments {
   const Memory& memory_;
 };
 
-/// n_ops; of each op code, flags, n, p; then the fields of the batch, every cache as base and capacity; seconds.
+/// n_ops; of each op code, flags, n, p; then the fields of the batch, every cache as base, capacity and states;
+/// seconds.
 int64_t run_program(const Arguments& a, int threads) {
   const int64_t n_ops = a(0);
   size_t at = 1;
@@ -172,6 +173,7 @@ int64_t run_program(const Arguments& a, int threads) {
   for (auto& slot : slots) {
     slot.base = a.p<void>(at++);
     slot.capacity = a(at++);
+    slot.states = a.p<void>(at++);
   }
   b.caches = slots.data();
   return thrifty_run(ops.data(), n_ops, &b, threads, a.p<double>(at));
@@ -187,7 +189,7 @@ int64_t rate_of(int64_t wanted, const Measure& measure) {
 }
 
 int64_t copy_cache(const Arguments& a) {
-  const thrifty_slot slot{a.p<void>(4), a(5)};
+  const thrifty_slot slot{a.p<void>(4), a(5), nullptr};
   return thrifty_cache_copy(a.i(0), a(1), a(2), a(3), &slot, a(6), a.p<void>(7), a.p<void>(8), a.p<float>(9),
                             a.p<float>(10), a.i(11));
 }

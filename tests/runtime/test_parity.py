@@ -12,12 +12,34 @@ from thrifty.runtime import Runtime, load
 torch = pytest.importorskip("torch", exc_type=ImportError)
 pytest.importorskip("transformers", exc_type=ImportError)
 
+DOGE = {"token_mixers": "dynamic_mask", "keep_window_size": 50, "qk_norm": True, "residual": "scaled"}
+EXPERTS = {"feed_forward": "cdmoe", "num_experts": 256, "num_experts_per_tok": 8}
+KEY_HEADS = {"router": "product_key_heads", "num_experts_heads": 2, "norm_topk_prob": True}
 VARIANTS = {
     "bitnet": {},
     "untied-relu2": {"tie_word_embeddings": False, "hidden_act": "relu2"},
     "pre-mlp": {"norm_placement": "pre", "feed_forward": "mlp", "hidden_act": "gelu"},
     "binary-bias": {"linear": "binary", "attention_bias": True},
     "dense": {"linear": "dense"},
+    "matmulfree": {"token_mixers": "mlgru", "attention_bias": True},
+    "doge": {**DOGE, "linear": "dense", "norm_placement": "pre"},
+    "doge-all-keys": {**DOGE, "linear": "dense", "norm_placement": "pre", "dynamic_mask_selection": "none"},
+    "doge-heads": {
+        "token_mixers": "dynamic_mask",
+        "keep_window_size": 50,
+        "dt_heads": "attention",
+        "attention_bias": True,
+    },
+    "doge-moe": {**DOGE, **EXPERTS, "linear": "dense", "norm_placement": "pre"},
+    "doge-moe-heads": {**DOGE, **EXPERTS, **KEY_HEADS, "linear": "dense", "mlp_bias": True},
+    "doge-ternary": DOGE,
+    "cheems": {**DOGE, "linear": "dense", "norm_placement": "pre", "token_mixers": ["ssd", "ssd", "dynamic_mask"]},
+    "mixture": {
+        **DOGE,
+        **EXPERTS,
+        "token_mixers": ["attention", "mlgru", "ssd", "dynamic_mask"],
+        "num_hidden_layers": 4,
+    },
     "ugly": {"head_dim": 18, "intermediate_size": 250, "num_attention_heads": 3, "num_key_value_heads": 1},
 }
 
@@ -33,8 +55,10 @@ def models(request, tmp_path_factory) -> tuple:
     model = ThriftyForCausalLM(ThriftyConfig(**(sizes | VARIANTS[request.param]))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "residual" in name:
                 parameter.uniform_(0.5, 1.5)
+            if name.endswith(".A"):
+                parameter.uniform_(-2, -0.2)
     round_dense_parameters(model)
     folder = tmp_path_factory.mktemp("packed") / "model"
     save_packed(model, folder)

@@ -59,7 +59,7 @@ def test_restored_positions_have_the_same_bits(path, tmp_path, cache_bits, count
     from thrifty.runtime.prompt_cache import PromptCache
 
     cache = restored.new_cache(310)
-    file = PromptCache(tmp_path / "prompt", runtime._folder, cache.dtype)
+    file = PromptCache(tmp_path / "prompt", runtime._folder, cache)
     file.restore(cache, PROMPT[:count])
     assert cache.tokens == PROMPT[:count]
     np.testing.assert_array_equal(restored.advance(PROMPT[count:], cache), expected)

@@ -35,6 +35,8 @@ class ExpertsConfig:
     #: "linear": scores from one matrix; "product_key_heads": from queries of `retrieval` features against keys.
     router: Literal["linear", "product_key_heads"]
     retrieval: int
+    #: Whether the weights of all heads sum to one.
+    norm_topk_prob: bool
 
     @property
     def keys(self) -> int:
@@ -260,6 +262,7 @@ class _Reader:
             heads=self.integer("num_experts_heads", 1),
             router=router,
             retrieval=self.integer("expert_retrieval_size", 64),
+            norm_topk_prob=self.boolean("norm_topk_prob", False),
         )
         if experts.keys**2 != experts.count:
             raise self.error("num_experts", "be a square, an expert for each pair of keys", experts.count)

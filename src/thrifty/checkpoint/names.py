@@ -62,6 +62,12 @@ def linear_shapes(config: DecoderConfig, layer: int = 0) -> dict[str, tuple[int,
     return shapes
 
 
+def linear_weights(config: DecoderConfig) -> int:
+    """Weights of the linears of all layers."""
+    shapes = (linear_shapes(config, layer) for layer in range(config.num_hidden_layers))
+    return sum(rows * cols for layer in shapes for rows, cols in layer.values())
+
+
 def norm_sizes(config: DecoderConfig, layer: int = 0) -> dict[str, int]:
     """Features of every norm of a layer, by its name in the layer."""
     mixer = config.mixer(layer)

@@ -13,7 +13,7 @@ import numpy as np
 from thrifty.errors import ThriftyError
 from thrifty.native import _library
 from thrifty.native._attention import attention, glu
-from thrifty.native._experts import product_key_experts, product_key_topk
+from thrifty.native._experts import MOST_CHOSEN, product_key_experts, product_key_topk
 from thrifty.native._kept_until import kept_until
 from thrifty.native._library import aligned_empty
 from thrifty.native._matmul import ternary_matmul
@@ -29,6 +29,7 @@ from thrifty.native._step import (
     Op,
     OpCode,
     OpFlag,
+    Place,
     Program,
     cache_copy,
     cache_nbytes,
@@ -131,12 +132,14 @@ __all__ = [
     "CACHE_STORAGE",
     "DTYPE_IDS",
     "KERNEL_FORMATS",
+    "MOST_CHOSEN",
     "NO_FLAGS",
     "Epilogue",
     "Op",
     "OpCode",
     "OpFlag",
     "PackedMatrix",
+    "Place",
     "Program",
     "aligned_empty",
     "attention",

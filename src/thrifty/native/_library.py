@@ -12,7 +12,7 @@ import numpy as np
 import thrifty.native
 from thrifty.errors import ThriftyError
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 FILE_NAME = {"win32": "libthrifty.dll", "darwin": "libthrifty.dylib"}.get(sys.platform, "libthrifty.so")
 
 #: Numbers of the formats in the C interface.

@@ -21,6 +21,12 @@ class OpCode(IntEnum):
     FLOAT_MATMUL = 4
     ROPE_CACHE = 5
     ATTENTION = 6
+    HEADS = 7
+    KEY_SCORES = 8
+    DYNAMIC_MASK = 9
+    MLGRU = 10
+    SSD = 11
+    EXPERTS = 12
 
 
 class OpFlag(IntFlag):
@@ -46,7 +52,7 @@ class Epilogue(IntEnum):
 
 #: Numbers of the stored floats: dtype names as safetensors has them, and "I8" for caches.
 DTYPE_IDS = {"F32": 0, "BF16": 1, "F16": 2, "I8": 3}
-ACTIVATION_IDS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4}
+ACTIVATION_IDS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4, "sigmoid": 5}
 #: What keys and values are in plain arrays.
 CACHE_STORAGE = {"F32": np.float32, "F16": np.float16, "I8": np.int8}
 #: A cache's capacity is a multiple of this many positions.
@@ -57,14 +63,14 @@ class _Op(ctypes.Structure):
     _fields_ = (
         ("code", ctypes.c_int32),
         ("flags", ctypes.c_int32),
-        ("n", ctypes.c_int64 * 8),
+        ("n", ctypes.c_int64 * 10),
         ("f", ctypes.c_float * 2),
-        ("p", ctypes.c_void_p * 6),
+        ("p", ctypes.c_void_p * 8),
     )
 
 
 class _Slot(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("capacity", ctypes.c_int64))
+    _fields_ = (("base", ctypes.c_void_p), ("capacity", ctypes.c_int64), ("states", ctypes.c_void_p))
 
 
 class _Batch(ctypes.Structure):
@@ -78,6 +84,10 @@ class _Batch(ctypes.Structure):
         ("n_caches", ctypes.c_int64),
         ("caches", ctypes.c_void_p),
     )
+
+
+#: Address and capacity of a sequence's keys and values, and the address of its states where it has some.
+Place = tuple[int, int] | tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,15 +136,15 @@ class Program:
         self,
         rows: int,
         outputs: int,
-        caches: Sequence[tuple[int, int]],
+        caches: Sequence[Place],
         begin: int = 0,
         end: int | None = None,
         timed: bool = False,
     ) -> None:
         """Run the ops from `begin` to `end` on `rows` rows, of which `outputs` of `output_rows` go on after a GATHER.
 
-        caches: address and capacity of each slot. timed: fill `seconds`. Raises ThriftyError where a token, position
-        or slot is out of range.
+        caches: address, capacity and, where an op keeps them, address of the states of each slot. timed: fill
+        `seconds`. Raises ThriftyError where a token, position or slot is out of range.
         """
         batch, most = self._batch, len(self._caches)
         if rows > most or outputs > len(self.output_rows) or len(caches) > most:
@@ -143,8 +153,8 @@ class Program:
                 f" {len(caches)} caches and {outputs} outputs"
             )
         batch.n, batch.n_outputs, batch.n_caches = rows, outputs, len(caches)
-        for slot, (base, capacity) in zip(self._caches, caches, strict=False):
-            slot.base, slot.capacity = base, capacity
+        for slot, (base, capacity, *states) in zip(self._caches, caches, strict=False):
+            slot.base, slot.capacity, slot.states = base, capacity, states[0] if states else None
         first, count = self._address + begin * ctypes.sizeof(_Op), (len(self.ops) if end is None else end) - begin
         seconds = ctypes.addressof(self._seconds) + 8 * begin if timed else None
         status = self._library.run(first, count, ctypes.addressof(self._batch), self.n_threads, seconds)
@@ -174,7 +184,7 @@ def cache_nbytes(dtype: str, layers: int, kv_heads: int, head_dim: int, capacity
 
 def cache_copy(
     dtype: str,
-    place: tuple[int, int],
+    place: Place,
     k: np.ndarray,
     v: np.ndarray,
     scales: tuple[np.ndarray, np.ndarray] | None,

@@ -9,10 +9,10 @@ import numpy as np
 
 from thrifty import native
 from thrifty.checkpoint import DecoderConfig, Folder
-from thrifty.errors import ThriftyError
 from thrifty.runtime.cache import NativeCache
 from thrifty.runtime.fallback import NumpyDecoder
 from thrifty.runtime.program import DecoderProgram, Options, fastest_format
+from thrifty.runtime.states import Layout
 
 #: Positions computed at a time when a prompt is read: memory does not grow with the prompt, and what passes between ops
 #: stays in the last-level cache.
@@ -22,21 +22,6 @@ HEAD_ROWS = 32
 
 #: Storage of keys and values by the `cache_bits` of `load`.
 CACHE_DTYPES = {32: "F32", 16: "F16", 8: "I8"}
-
-
-def check_runnable(config: DecoderConfig) -> None:
-    """Raises ThriftyError for layers that the runtime has no op for."""
-    found = [mixer for mixer in dict.fromkeys(config.mixers) if mixer != "attention"]
-    for there, what in (
-        (config.experts is not None, "experts"),
-        (config.residual == "scaled", "scaled residuals"),
-        (config.mlp_bias, "biases in the feed-forward"),
-    ):
-        found += [what] if there else []
-    if found:
-        raise ThriftyError(
-            f"[load] the runtime has layers of attention; got {', '.join(found)}; run the model in torch"
-        )
 
 
 class Decoder(Protocol):
@@ -77,10 +62,10 @@ class NativeDecoder:
     ) -> None:
         self.config = folder.config
         self.max_context = max_context
-        self._cache_dtype = CACHE_DTYPES[cache_bits]
+        self._layout = Layout(folder.config, CACHE_DTYPES[cache_bits])
         self._rows, self._outputs = PREFILL_ROWS, min(HEAD_ROWS, PREFILL_ROWS)
         options = Options(
-            weight_format, head_bits, self._cache_dtype, n_threads, max_context, self._rows, self._outputs
+            weight_format, head_bits, self._layout.dtype, n_threads, max_context, self._rows, self._outputs
         )
         if weight_format == "auto":
             chosen = "i2" if folder.config.linear == "dense" else fastest_format(folder, options)
@@ -102,12 +87,12 @@ class NativeDecoder:
 
     @property
     def most_rows(self) -> int:
-        """Positions whose logits one step gives, with the bits of as many steps."""
-        return self._outputs
+        """Positions whose logits one step gives and takes back: one where a state could not be taken back."""
+        return 1 if self._layout.stateful else self._outputs
 
     def new_cache(self, capacity: int) -> NativeCache:
         """A cache of a sequence of up to `capacity` positions."""
-        return NativeCache(self.config, self._cache_dtype, capacity)
+        return NativeCache(self._layout, capacity)
 
     def advance(self, tokens: Sequence[int], cache: NativeCache) -> np.ndarray:
         """Run `tokens` after those in `cache`, and keep them there. Returns logits float32 [vocab] after the last."""

@@ -12,10 +12,11 @@ import numpy as np
 
 from thrifty import native
 from thrifty.checkpoint import DecoderConfig, Tensor, expected_tensors, read_config, save_safetensors
-from thrifty.checkpoint.names import linear_shapes
+from thrifty.checkpoint.names import linear_weights
 from thrifty.native import OpCode
 from thrifty.runtime.cache import NumpyCache
 from thrifty.runtime.generation import Continuation, Sampling
+from thrifty.runtime.states import Layout
 
 if TYPE_CHECKING:
     from thrifty.runtime.runtime import Runtime
@@ -80,7 +81,7 @@ def write_random(folder: Path, size: Size, seed: int = 0, **fields: object) -> P
 
 def linear_operations(config: DecoderConfig) -> int:
     """Additions and multiplications of a token in the low-bit linears of all layers: two a weight."""
-    return 2 * config.num_hidden_layers * sum(rows * cols for rows, cols in linear_shapes(config).values())
+    return 2 * linear_weights(config)
 
 
 def last_level_cache() -> int:
@@ -141,11 +142,17 @@ class Timer:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values of a position."""
-        cache = self._decoder.new_cache(1)
-        if isinstance(cache, NumpyCache):
-            return sum(array.nbytes for array in (*cache.keys, *cache.values))
-        return cache.nbytes // cache.place[1]
+        """Bytes of keys and values of a position, in layers of attention."""
+        return self._layout.keys_nbytes(native.CACHE_BLOCK) // native.CACHE_BLOCK if native.available() else 0
+
+    @property
+    def _layout(self) -> Layout:
+        return self._decoder.new_cache(1).layout
+
+    def _cached(self, positions: float) -> float:
+        """Bytes that a step reads of a sequence: keys and values, and states."""
+        states = self._layout.states_nbytes(int(positions)) if native.available() else 0
+        return positions * self.cache_bytes + states
 
     def decode(self, context: int, batch: int = 1, seconds: float = 0.3) -> tuple[list[float], float]:
         """Seconds of greedy steps of `batch` sequences that end at `context` positions, and bytes that a step reads.
@@ -167,7 +174,7 @@ class Timer:
                     run.take(row)
                 times.append(time.perf_counter() - start)
         positions = context - (steps - 1) / 2
-        return times, self._decoder.bytes_per_token + batch * positions * self.cache_bytes
+        return times, self._decoder.bytes_per_token + batch * self._cached(positions)
 
     def overhead(self, context: int) -> float:
         """Share of a greedy step that is in none of its native ops: the call, Python, the choice of the token.
@@ -218,19 +225,20 @@ def append_random(decoder: Any, cache: Any, count: int, rng: np.random.Generator
     """Append `count` positions of random keys and values to a cache, as if as many tokens had been read."""
     if isinstance(cache, NumpyCache):
         first, stop = len(cache), len(cache) + count
-        for array in (*cache.keys, *cache.values):
+        for array in (*cache.keys.values(), *cache.values.values()):
             array[:, first:stop] = rng.standard_normal(array[:, first:stop].shape, np.float32)
         cache.tokens.extend([0] * count)
         return
     # Only the ops that write to the cache run, on a projection of noise.
     program = decoder._program
-    writes = [i for i, op in enumerate(program.ops) if op.code is OpCode.ROPE_CACHE]
+    writes = [i for i, op in enumerate(program.ops) if op.code in (OpCode.ROPE_CACHE, OpCode.DYNAMIC_MASK)]
     most = len(program.tokens)
     for start in range(0, count, most):
         rows = decoder._fill([([0] * min(most, count - start), cache)])
         for i in writes:
-            qkv = program.ops[i].p[0]
-            qkv[:rows] = rng.standard_normal((rows, qkv.shape[1]), np.float32)
+            op = program.ops[i]
+            for noise in (op.p[0],) if op.code is OpCode.ROPE_CACHE else (op.p[0], op.p[3]):
+                noise[:rows] = rng.standard_normal((rows, noise.shape[1]), np.float32)
             program.run(rows, 0, [cache.place], begin=i, end=i + 1)
 
 

@@ -1,14 +1,14 @@
-"""The keys and values of a prompt in a file, so that another process need not compute them."""
+"""What the layers keep of a prompt in a file, so that another process need not compute them."""
 
 import hashlib
 from pathlib import Path
 
 import numpy as np
 
-from thrifty.checkpoint import DecoderConfig, Folder, Tensor, save_safetensors
+from thrifty.checkpoint import Folder, Tensor, save_safetensors
 from thrifty.checkpoint.safetensors import open_safetensors, read_metadata
 from thrifty.errors import ThriftyError
-from thrifty.runtime.cache import Cache, shared_prefix
+from thrifty.runtime.cache import Cache, usable_prefix
 
 _FORMAT = "thrifty prompt cache 1"
 _BITS = {"F32": 32, "F16": 16, "I8": 8}
@@ -18,30 +18,35 @@ _WHOLE_BYTES, _PIECES, _PIECE_BYTES = 1 << 16, 16, 4096
 
 class PromptCache:
     """A .safetensors file: `tokens` int32 [T] and their `keys` and `values` [layers, kv_heads, T, head_dim] as the
-    cache stores them (int8 with `key_scales` and `value_scales` float32 [layers, kv_heads, T]). Its metadata name the
-    model by `model_digest`."""
+    cache stores them (int8 with `key_scales` and `value_scales` float32 [layers, kv_heads, T]), and what else
+    `Layout.arrays` has. Its metadata name the model by `model_digest`.
 
-    def __init__(self, path: str | Path, folder: Folder, dtype: str) -> None:
+    States are of all tokens of the file: it serves prompts that begin with all of them and go on."""
+
+    def __init__(self, path: str | Path, folder: Folder, cache: Cache) -> None:
         """Open a file, or get ready to make one where it is missing.
 
-        dtype: that of the runtime's caches. Raises ThriftyError where the file is truncated or something else, or
+        cache: one of the runtime's. Raises ThriftyError where the file is truncated or something else, or
         belongs to another model or to other cache bits, or there is no folder for it.
         """
         self.path = Path(path)
-        self._model, self._dtype = model_digest(folder), dtype
+        self._model, self._dtype = model_digest(folder), cache.layout.dtype
         #: The tokens of the file; empty where there is none yet.
         self.tokens: list[int] = []
         self._arrays: dict[str, np.ndarray] = {}
         if self.path.exists():
-            self._open(folder.config)
+            self._open(cache)
         elif not self.path.absolute().parent.is_dir():
             raise self._refusal("lie in a folder that exists", f"there is no {self.path.parent}", "make the folder")
 
     def restore(self, cache: Cache, tokens: list[int]) -> None:
         """Take over what `tokens` and the file begin with alike, where the cache has not as much already."""
-        shared = shared_prefix(self.tokens, tokens)
-        if shared > shared_prefix(cache.tokens, tokens):
-            cache.restore(tokens[:shared], {name: array[:, :, :shared] for name, array in self._arrays.items()})
+        shared = usable_prefix(cache.layout, self.tokens, tokens)
+        if shared > usable_prefix(cache.layout, cache.tokens, tokens):
+            arrays = self._arrays
+            if shared < len(self.tokens):
+                arrays = {name: array[:, :, :shared] for name, array in arrays.items()}
+            cache.restore(tokens[:shared], arrays)
 
     def save(self, cache: Cache, count: int) -> None:
         """Write the first `count` positions of a cache in place of the file, atomically."""
@@ -54,7 +59,7 @@ class PromptCache:
         save_safetensors(self.path, {name: Tensor.of(array) for name, array in tensors.items()}, metadata)
         self._arrays = arrays
 
-    def _open(self, config: DecoderConfig) -> None:
+    def _open(self, cache: Cache) -> None:
         try:
             tensors, metadata = open_safetensors(self.path), read_metadata(self.path)
         except ThriftyError as error:
@@ -67,11 +72,7 @@ class PromptCache:
             got = f"it has {metadata.get('cache_bits')} bits and the runtime {_BITS[self._dtype]}"
             raise self._refusal("have the cache bits of the runtime", got, "load with those, or choose another name")
         count = tensors["tokens"].shape[0] if "tokens" in tensors else 0
-        heads = (config.num_hidden_layers, config.num_key_value_heads, count)
-        expected = {"tokens": ("I32", (count,))}
-        expected |= dict.fromkeys(("keys", "values"), (self._dtype, (*heads, config.head_dim)))
-        if self._dtype == "I8":
-            expected |= dict.fromkeys(("key_scales", "value_scales"), ("F32", heads))
+        expected = {"tokens": ("I32", (count,))} | cache.shapes(count)
         if {name: (t.dtype, t.shape) for name, t in tensors.items()} != expected:
             raise self._refusal("hold the keys and values of its tokens", "their shapes differ")
         self.tokens = tensors["tokens"].data.tolist()

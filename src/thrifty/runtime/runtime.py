@@ -10,9 +10,9 @@ from tokenizers import Tokenizer
 from thrifty import native
 from thrifty.checkpoint import DecoderConfig, Folder, open_folder
 from thrifty.errors import ThriftyError, ThriftyWarning
-from thrifty.runtime.cache import Cache, shared_prefix
+from thrifty.runtime.cache import Cache, usable_prefix
 from thrifty.runtime.chat_template import PLAIN_CHAT_STOPS, chosen_template, render_chat
-from thrifty.runtime.decoder import CACHE_DTYPES, Decoder, check_runnable, make_decoder
+from thrifty.runtime.decoder import CACHE_DTYPES, Decoder, make_decoder
 from thrifty.runtime.drafting import Drafter, Drafting
 from thrifty.runtime.generation import Continuation, Defaults
 from thrifty.runtime.prompt_cache import PromptCache
@@ -46,7 +46,6 @@ def load(
     """
     folder = open_folder(path)
     config = folder.config
-    check_runnable(config)
     if weight_format not in WEIGHT_FORMATS:
         raise ThriftyError(f"[load] weight_format must be one of {', '.join(WEIGHT_FORMATS)}; got {weight_format!r}")
     if n_threads is not None and n_threads < 1:
@@ -154,7 +153,9 @@ class Runtime:
         of `new_cache`, whose prefix shared with the prompt is not computed again. prompt_cache: the same in a file,
         which is made where it is missing, and holds the prompt from now on where that is longer than what it held.
         draft: most tokens to guess at a time from what was said before, or a `Drafting` that counts them; the tokens
-        are the same, and come faster where the text repeats itself (`thrifty.runtime.drafting`).
+        are the same, and come faster where the text repeats itself (`thrifty.runtime.drafting`). Models with mixers
+        other than attention keep states, which cannot take a token back: they never draft, and they read a prompt
+        anew unless it begins with all that the cache, or the file, has read.
         Raises ThriftyError where prompt and max_new_tokens exceed the context, an option is out of range, or a cache
         is not of this model.
         """
@@ -162,7 +163,7 @@ class Runtime:
         cache = self._cache_for(run) if cache is None else cache
         if cache.owner is not self._decoder:
             raise ThriftyError("[generate] a cache must be of this runtime; got another's; make one with new_cache")
-        file = None if prompt_cache is None else PromptCache(prompt_cache, self._folder, cache.dtype)
+        file = None if prompt_cache is None else PromptCache(prompt_cache, self._folder, cache)
         drafting = draft if isinstance(draft, Drafting) else Drafting(draft)
         return self._tokens(run, cache, file, Drafter(drafting, self._decoder.most_rows - 1))
 
@@ -174,9 +175,7 @@ class Runtime:
         """
         tokens = self._prompt(prompt)
         cache = self._new_cache(len(tokens))
-        file = PromptCache(path, self._folder, cache.dtype)
-        self._read_prompt(tokens, cache, file)
-        file.save(cache, len(tokens))
+        self._read_prompt(tokens, cache, PromptCache(path, self._folder, cache), replace=True)
         return len(tokens)
 
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options) -> list[str]:
@@ -318,18 +317,35 @@ class Runtime:
         cache.owner = self._decoder
         return cache
 
-    def _read_prompt(self, tokens: list[int], cache: Cache, file: PromptCache | None) -> np.ndarray:
-        """Logits after a prompt; what the file or the cache has of it is not computed again."""
+    def _read_prompt(
+        self, tokens: list[int], cache: Cache, file: PromptCache | None, replace: bool = False
+    ) -> np.ndarray:
+        """Logits after a prompt; what the file or the cache has of it is not computed again.
+
+        The file gets the prompt where that is longer than what it held, or with `replace`. Where there are states,
+        it gets one only where it is new, for a longer text would serve fewer prompts, and without the last token, so
+        that the prompt itself can be read again from there.
+        """
         if file is not None:
             file.restore(cache, tokens)
-        return self._decoder.advance(tokens[cache.keep_prefix(tokens) :], cache)
+        shared = cache.keep_prefix(tokens)
+        if file is None:
+            return self._decoder.advance(tokens[shared:], cache)
+        stateful = cache.layout.stateful
+        if not stateful or not (replace or not file.tokens) or len(tokens) == 1:
+            logits = self._decoder.advance(tokens[shared:], cache)
+            if not stateful and (replace or len(tokens) > len(file.tokens)):
+                file.save(cache, len(tokens))
+            return logits
+        if shared < len(tokens) - 1:
+            self._decoder.advance(tokens[shared:-1], cache)
+        file.save(cache, len(tokens) - 1)
+        return self._decoder.advance(tokens[-1:], cache)
 
     def _tokens(self, run: Continuation, cache: Cache, file: PromptCache | None, drafter: Drafter) -> Iterator[int]:
         if run.finished:
             return
         rows, proposal = [self._read_prompt(run.seen, cache, file)], []
-        if file is not None and len(run.seen) > len(file.tokens):
-            file.save(cache, len(run.seen))
         while True:
             for logits, expected in zip(rows, [*proposal, None], strict=True):
                 if (token := run.take(logits)) is None:
@@ -363,7 +379,7 @@ class Runtime:
     def _copy_prefix(self, tokens: list[int], cache: Cache, others: Sequence[Cache]) -> None:
         """Take over from the cache that begins most like `tokens` what they share: it is computed once."""
         shared, nearest = max(
-            ((shared_prefix(c.tokens, tokens), c) for c in others), key=lambda x: x[0], default=(0, cache)
+            ((usable_prefix(c.layout, c.tokens, tokens), c) for c in others), key=lambda x: x[0], default=(0, cache)
         )
         if shared:
             cache.restore(tokens[:shared], nearest.arrays(shared))

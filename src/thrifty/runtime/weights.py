@@ -61,15 +61,19 @@ class Matrix:
         epilogue: Epilogue,
         activation: int = 0,
         flags: OpFlag = NO_FLAGS,
+        factors: np.ndarray | None = None,
     ) -> Op:
-        """The op y = x W^T: x int8 codes [rows, width] with their scales, or float32 [rows, cols] and None."""
+        """The op y = x W^T: x int8 codes [rows, width] with their scales, or float32 [rows, cols] and None.
+
+        factors: float32 [y_cols] by which y is multiplied before the epilogue ADD adds to it.
+        """
         packed = self.scale is not None
         layout = _IDS[self.layout] if packed else DTYPE_IDS[self.layout]
-        stride = self.width if packed else x.shape[1]
+        stride = self.width if packed else row_stride(x)
         return Op(
             OpCode.MATMUL if packed else OpCode.FLOAT_MATMUL,
-            (layout, self.rows, self.cols, stride, y.shape[1], y_cols, epilogue, activation),
-            (self.data, self.scale, self.bias, x, scales, y),
+            (layout, self.rows, self.cols, stride, row_stride(y), y_cols, epilogue, activation),
+            (self.data, self.scale, self.bias, x, scales, y, factors),
             flags=flags,
         )
 
@@ -90,6 +94,11 @@ class Arena:
         return taken
 
 
+def row_stride(x: np.ndarray) -> int:
+    """Elements from a row to the next, of an array or of some columns of one."""
+    return x.strides[0] // x.itemsize
+
+
 def tiles_of(rows: int) -> int:
     """Tiles of sixteen rows."""
     return -(-rows // TILE_ROWS)
@@ -97,7 +106,7 @@ def tiles_of(rows: int) -> int:
 
 def read_matrix(
     folder: Folder,
-    prefix: str,
+    layer: int,
     linears: list[str],
     order: Literal["stacked", "interleaved"],
     weight_format: str,
@@ -105,9 +114,9 @@ def read_matrix(
     arena: Arena,
 ) -> Matrix:
     """Linears of a layer as one matrix: their tiles one linear after another, or by turns."""
-    config = folder.config
-    rows = [linear_shapes(config)[linear][0] for linear in linears]
-    cols = linear_shapes(config)[linears[0]][1]
+    config, prefix = folder.config, f"model.layers.{layer}."
+    shapes = linear_shapes(config, layer)
+    rows, cols = [shapes[linear][0] for linear in linears], shapes[linears[0]][1]
     tiles = [tiles_of(n) for n in rows]
     firsts = list(range(len(linears))) if order == "interleaved" else np.cumsum([0, *tiles[:-1]]).tolist()
     step = len(linears) if order == "interleaved" else 1
@@ -133,6 +142,19 @@ def read_matrix(
             native.repack(weight_format, row_block, n, data, place.start, step, n_threads)
         scale[place] = _padded(np.full(n, multiplier, np.float32))
     return Matrix(weight_format, data, cols, scale.reshape(-1), bias)
+
+
+def read_dense(folder: Folder, name: str, arena: Arena) -> Matrix:
+    """A linear that is dense whatever the others are ("model.layers.0.self_attn.dt_proj"), as stored."""
+    weight, bias = folder.tensors[f"{name}.weight"], None
+    if f"{name}.bias" in folder.tensors:
+        bias = _padded(folder.float32(f"{name}.bias")).reshape(-1)
+    return _float_matrix([weight], [slice(0, tiles_of(weight.shape[0]))], bias, arena)
+
+
+def float_matrix(values: np.ndarray, arena: Arena) -> Matrix:
+    """float32 [rows, cols] as a matrix."""
+    return _float_matrix([Tensor.of(np.ascontiguousarray(values))], [slice(0, tiles_of(len(values)))], None, arena)
 
 
 def read_head(tensor: Tensor, bits: int | None, n_threads: int, arena: Arena) -> Matrix:
