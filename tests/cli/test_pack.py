@@ -118,11 +118,24 @@ def test_tensors_that_the_system_refuses_are_one_sentence_about_the_output(laten
     assert os.listdir(tmp_path) == ["trained"]
 
 
+def test_dense_linears_are_packed_at_16_bits(tmp_path):
+    from thrifty.checkpoint import open_folder
+    from thrifty.models import DogeConfig, DogeForCausalLM, round_dense_parameters
+    from thrifty.runtime import load
+
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    model = DogeForCausalLM(DogeConfig(**sizes, num_attention_heads=2, max_position_embeddings=64))
+    round_dense_parameters(model).save_pretrained(tmp_path / "doge")
+    assert main(["pack", str(tmp_path / "doge")]) == 0
+    packed = tmp_path / "doge-packed"
+    assert {tensor.dtype for tensor in open_folder(packed).tensors.values()} == {"BF16"}
+    np.testing.assert_array_equal(load(packed).logits([1, 2, 3]), load(tmp_path / "doge").logits([1, 2, 3]))
+
+
 def test_what_cannot_be_packed(tmp_path, capsys):
     dense = write_checkpoint(tmp_path / "dense", linear="dense").path
     for arguments, message in [
         ([str(tmp_path / "nowhere")], "does not exist"),
-        ([str(dense)], "ternary or binary layers"),
         ([str(dense), "--dtype", "int8"], "dtype must be one of"),
     ]:
         assert main(["pack", *arguments]) == 2

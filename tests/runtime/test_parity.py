@@ -4,6 +4,8 @@ Both feed the same integers to the same products, and evaluation in torch takes 
 that the runtime uses, so that no code moves: only the output head adds in another order.
 """
 
+import json
+
 import numpy as np
 import pytest
 
@@ -103,3 +105,20 @@ def test_a_latent_folder_runs_like_its_packed_copy(models, tmp_path):
     model.save_pretrained(tmp_path / "latent")
     tokens = list(range(100))
     np.testing.assert_array_equal(load(tmp_path / "latent").logits(tokens), runtime.logits(tokens))
+
+
+def test_a_folder_of_transformers_doge_runs_as_it_is(tmp_path):
+    from transformers import DogeConfig, DogeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10_000.0}
+    model = DogeForCausalLM(DogeConfig(**sizes, attn_implementation="eager")).eval()
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    tokens = np.random.default_rng(0).integers(0, 300, 100).tolist()
+    for changed in (fields, fields | {"rope_parameters": scaling}):
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        logits = load(tmp_path).logits(tokens)
+        assert np.abs(logits - torch_logits(model, tokens)).max() < 1e-4 * np.ptp(logits)

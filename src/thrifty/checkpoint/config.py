@@ -205,7 +205,10 @@ class _Reader:
         if not isinstance(parameters, dict):
             raise self.error("rope_parameters", "be an object", parameters)
         kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind != "default":
+        first = parameters.get("original_max_position_embeddings", 0)
+        # The published Doge begins to scale beyond the positions that it takes.
+        unscaled = kind == "dynamic" and first >= self.integer("max_position_embeddings", 2048)
+        if kind != "default" and not unscaled:
             raise self.error("rope_type", "be 'default'", kind)
         reader = _Reader(self.path, parameters if parameters.get("rope_theta") is not None else self.fields)
         return reader.positive("rope_theta", default)

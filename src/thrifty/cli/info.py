@@ -73,7 +73,9 @@ def describe_model(path: Path) -> dict[str, Any]:
     from thrifty.checkpoint import open_folder
 
     folder = open_folder(path)
-    config = asdict(folder.config)
+    config = {name: value for name, value in asdict(folder.config).items() if value is not None}
+    config["mixers"] = list(config["mixers"])
+    storage = "latent" if config.pop("storage") == "latent" else "packed, 2 bits a weight"
     parts: dict[str, dict[str, Any]] = {}
     for name, tensor in folder.tensors.items():
         part = next((part for part, mark in PARTS.items() if mark in name), f"{folder.config.linear} linears")
@@ -82,7 +84,7 @@ def describe_model(path: Path) -> dict[str, Any]:
         entry["dtypes"].add(tensor.dtype)
     return {
         "path": str(path),
-        "storage": "latent" if config.pop("storage") == "latent" else "packed, 2 bits a weight",
+        "storage": "dense" if folder.config.linear == "dense" else storage,
         **config,
         "bytes": {part: entry["bytes"] for part, entry in parts.items()},
         "dtypes": {part: sorted(entry["dtypes"]) for part, entry in parts.items()},

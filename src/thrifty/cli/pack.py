@@ -26,7 +26,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="Embedding, norms and head: bfloat16 or float32.")] = "bfloat16",
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder where it exists.")] = False,
 ) -> None:
-    """Make the small copy of a trained model: two bits per weight.
+    """Make the small copy of a trained model: two bits per weight, or 16 where linears are dense.
 
     The copy runs without torch (`thrifty generate`), and plain transformers loads it where the model is a BitNet.
     """
@@ -40,7 +40,8 @@ def pack_folder(model: Path, output: Path, dtype: str = "bfloat16", overwrite: b
     """Write the packed form of a trained folder: codes and scales of the training forward, bit for bit.
 
     Torch computes the scales, as it did in training: numpy adds in another order, and a mean that differs in its last
-    bit can move a code. dtype: of the dense tensors. Raises ThriftyError where the folder is no model, `output` exists
+    bit can move a code. dtype: of the dense tensors, which are all those of a
+    model without low-bit linears. Raises ThriftyError where the folder is no model, `output` exists
     and may not be replaced, or the disk is full; `output` is written whole or not at all.
     """
     if dtype not in DTYPES:
@@ -48,8 +49,7 @@ def pack_folder(model: Path, output: Path, dtype: str = "bfloat16", overwrite: b
     from thrifty.checkpoint import atomic_folder, open_folder
 
     # Refuses what is no such model before torch is imported.
-    if open_folder(model).config.linear == "dense":
-        raise ThriftyError(f"[pack] packing takes ternary or binary layers; those of {model} are dense; train others")
+    open_folder(model)
     if output.exists() and output.resolve() == model.resolve():
         raise ThriftyError(f"[pack] the packed copy needs a folder of its own; got {output}; choose another name")
     import torch

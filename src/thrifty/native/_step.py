@@ -204,7 +204,7 @@ def cache_copy(
     if not (fits and stored and all(a.flags.c_contiguous and a.flags.aligned for a in arrays)):
         raise ThriftyError(f"[step] arrays of a cache must be contiguous and fit; got {[a.shape for a in arrays]}")
     layers, kv_heads, count, head_dim = k.shape
-    slot = _Slot(*place)
+    slot = _Slot(*place[:2])
     addresses = [None if a is None else a.ctypes.data for a in (k, v, *(scales or (None, None)))]
     status = library.cache_copy(
         *(DTYPE_IDS[dtype], layers, kv_heads, head_dim, ctypes.addressof(slot), count, *addresses, into)

@@ -1,6 +1,5 @@
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from thrifty import ops
@@ -47,7 +46,8 @@ class MLGRU(nn.Module):
         mask: Tensor | None = None,
         past_key_values: Any = None,
     ) -> Tensor:
-        f, c, g = torch.sigmoid(self.f_proj(x)), ops.glu(self.c_proj(x), None, "silu"), torch.sigmoid(self.g_proj(x))
+        projections = ((self.f_proj, "sigmoid"), (self.c_proj, "silu"), (self.g_proj, "sigmoid"))
+        f, c, g = (ops.glu(project(x), None, act) for project, act in projections)
         kept = unpadded(mask, x.shape[1])
         if kept is not None:
             f = f.masked_fill(~kept[..., None], 1.0)

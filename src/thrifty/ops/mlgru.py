@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from thrifty.errors import ThriftyError
+from thrifty.ops.dispatch import is_evaluation
 
 
 def mlgru(f: Tensor, c: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -15,8 +16,9 @@ def mlgru(f: Tensor, c: Tensor, state: Tensor | None = None) -> tuple[Tensor, Te
     [B, T, d] in the dtype of c, and the state after it, h_{T-1}, float32 [B, d]. A gate of 1 keeps the state untouched.
 
     Computed in float32. T tokens are cut into about sqrt(T) chunks that run side by side, token by token, and are then
-    joined in order: 2 sqrt(T) steps, products of gates only, so a gate of 0 is as good as any. Raises ThriftyError
-    where the shapes do not fit.
+    joined in order: 2 sqrt(T) steps, products of gates only, so a gate of 0 is as good as any. Evaluated without
+    gradients in float32 on a CPU, it goes token by token, with the bits of the runtime: what follows is quantised.
+    Raises ThriftyError where the shapes do not fit.
     """
     if f.shape != c.shape or f.ndim != 3 or not f.shape[1]:
         raise ThriftyError(f"[mlgru] f and c must be [B, T, d], T > 0; got {tuple(f.shape)} and {tuple(c.shape)}")
@@ -24,6 +26,11 @@ def mlgru(f: Tensor, c: Tensor, state: Tensor | None = None) -> tuple[Tensor, Te
         raise ThriftyError(f"[mlgru] state must be [B, d] = {(f.shape[0], f.shape[2])}; got {tuple(state.shape)}")
     gates, values = f.float(), c.float()
     start = torch.zeros_like(gates[:, 0]) if state is None else state.float()
+    if is_evaluation(f):
+        steps = [start]
+        for gate, added in zip(gates.unbind(1), ((1 - gates) * values).unbind(1), strict=True):
+            steps.append(gate * steps[-1] + added)
+        return torch.stack(steps[1:], 1), steps[-1]
     h: Tensor = _LinearRecurrence.apply(gates, (1 - gates) * values, start)  # pyright: ignore
     return h.to(c.dtype), h[:, -1]
 

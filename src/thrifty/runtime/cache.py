@@ -107,13 +107,13 @@ class NativeCache(Cache):
             move(marks.view(np.int32).reshape(2, heads, slots)[1, :, :kept], arrays["mask_positions"][i])
 
     def _copy_keys(
-        self, place: tuple[int, ...], arrays: dict[str, np.ndarray], prefix: str, layers: slice, into: bool
+        self, place: native.Place, arrays: dict[str, np.ndarray], prefix: str, layers: slice, into: bool
     ) -> None:
         keys, values = arrays[f"{prefix}keys"][layers], arrays[f"{prefix}values"][layers]
         scales = None
         if self.layout.dtype == "I8":
             scales = arrays[f"{prefix}key_scales"][layers], arrays[f"{prefix}value_scales"][layers]
-        native.cache_copy(self.layout.dtype, place[:2], keys, values, scales, into)
+        native.cache_copy(self.layout.dtype, place, keys, values, scales, into)
 
 
 class NumpyCache(Cache):
