@@ -132,7 +132,8 @@ def test_dynamic_mask(shape, window, dtype):
         return (codes * scale[:, None]).reshape(x.shape)
 
     # Over 8 bits, queries are coded as keys are.
-    expected = spec.dynamic_mask_attention(stored(q) if dtype == "I8" else q, stored(k), stored(v), scores, window or None)
+    queries = stored(q) if dtype == "I8" else q
+    expected = spec.dynamic_mask_attention(queries, stored(k), stored(v), scores, window or None)
     tolerance = spec.TOLERANCES["int8" if dtype == "I8" else "float32"]
     close(in_steps(make, T, 128 + nbytes), expected.reshape(T, -1), tolerance)
 
