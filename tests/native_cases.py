@@ -16,7 +16,7 @@ BAD_ARGUMENT, BAD_FORMAT, BAD_CODE, UNKNOWN_ISA = 1, 2, 3, 4
 FUNCTIONS = (
     *("pack_size", "cache_size", "cache_copy", "isa_select", "buffer", "cache_evict", "pack", "unpack", "repack"),
     *("ternary_matmul", "quantize_per_token", "rms_norm", "glu", "read_bandwidth", "int8_peak", "run"),
-    *("product_key_topk", "product_key_experts"),
+    *("product_key_topk", "product_key_experts", "kept_until"),
 )
 #: In the order of `Check` in the driver.
 GIVEN, EXACT, CLOSE, ANY, CACHE = range(5)
@@ -174,6 +174,19 @@ def glu_case(rng: np.random.Generator, count: int, act: str) -> Case:
     return case
 
 
+def kept_until_case(rng: np.random.Generator, keys: int, window: int) -> Case:
+    case, scores = Case(f"kept_until {window} of {keys}"), rng.integers(0, 9, (3, keys)).astype(np.float32)
+    ends, scratch = (
+        np.stack([spec.kept_until(row, window) for row in scores]),
+        np.zeros((3, min(window, keys)), np.uint64),
+    )
+    numbers = (case.given(scores), 3, keys, window, case.scratch(scratch), case.exact(ends))
+    case.call("kept_until", *numbers)
+    for at, value in ((0, NULL), (3, 0), (4, NULL), (5, NULL)):
+        case.call("kept_until", *(value if i == at else n for i, n in enumerate(numbers)), result=BAD_ARGUMENT)
+    return case
+
+
 def topk_case(rng: np.random.Generator, n: int, k: int) -> Case:
     case, sides = Case(f"product_key_topk {k} of {n}"), rng.standard_normal((2, 3, n + 1)).astype(np.float32)
     sides[:, 1] = 0
@@ -251,6 +264,7 @@ def single_cases(rng: np.random.Generator) -> Iterator[Case]:
     yield glu_case(rng, 20_001, "silu")
     shapes = (1, 2, 0), (1, 2, 1), (2, 18, 17), (3, 64, 128)
     yield from (cache_copy_case(rng, dtype, *shape) for dtype in ("F32", "F16", "I8") for shape in shapes)
+    yield from (kept_until_case(rng, keys, window) for keys in UGLY for window in (1, 5, 600))
     yield from (topk_case(rng, n, k) for n in UGLY for k in (1, 7, 64, 512) if k <= n * n)
     shapes = (1, 1), (3, 7), (70, 64)
     yield from (experts_case(rng, *shape, d, act) for shape in shapes for d in UGLY for act in ("silu", "relu"))

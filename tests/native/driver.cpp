@@ -221,7 +221,8 @@ enum Function : int64_t {
   kInt8Peak,
   kRun,
   kProductKeyTopk,
-  kProductKeyExperts
+  kProductKeyExperts,
+  kKeptUntil
 };
 
 int64_t run_call(const Call& call, const Memory& memory, int threads) {
@@ -257,6 +258,8 @@ int64_t run_call(const Call& call, const Memory& memory, int threads) {
       return thrifty_product_key_experts(a.p<float>(0), a.p<int64_t>(1), a.p<float>(2), a.p<void>(3), a.p<void>(4),
                                          a.i(5), a.i(6), a(7), a(8), a(9), a(10), a.p<float>(11), a.p<float>(12),
                                          threads);
+    case kKeptUntil:
+      return thrifty_kept_until(a.p<float>(0), a(1), a(2), a(3), a.p<uint64_t>(4), a.p<int64_t>(5), threads);
     default: fail("no function " + std::to_string(call.function));
   }
 }
