@@ -4,8 +4,8 @@
 
 Batch 1, 4 heads of 128 features, 2 kv heads, float32, from q, k, v and scores to the output. The result, and its
 gradients, are first checked: against the dense method (transformers' Doge: its own `prepare_dynamic_mask`, `repeat_kv`
-and scaled dot product attention) on a shorter text. Peers take turns with what they are compared to. Peak memory is that
-of a process of its own. Decoding takes one token through the mixer and its cache.
+and scaled dot product attention) on a shorter text. Peers take turns with what they are compared to. Peak memory
+is that of a process of its own. Decoding takes one token through the mixer and its cache.
 """
 
 import argparse
@@ -63,10 +63,17 @@ def dense(leaves: list[Tensor], window: int) -> Tensor:
 
 
 def in_turns(*functions: Callable[[], object], rounds: int) -> list[float]:
-    """Median seconds of each; they take turns, so that whatever else the machine does meets all of them."""
-    for function in functions:
+    """Median seconds of each; they take turns, so that whatever else the machine does meets all of them.
+
+    In its turn each runs twice and the second time counts: the first one asks for memory that another gave back.
+    """
+
+    def second(function: Callable[[], object]) -> float:
         function()
-    return [float(np.median(times)) for times in zip(*[[seconds(f) for f in functions] for _ in range(rounds)])]
+        return seconds(function)
+
+    times = [[second(function) for function in functions] for _ in range(rounds)]
+    return [float(median) for median in np.median(times, axis=0)]
 
 
 def check(tokens: int, window: int) -> float:
@@ -143,11 +150,12 @@ def main() -> int:
     )
     print(f"and backward, plain SDPA      {mine * 1e3:8.1f} ms  {sdpa * 1e3:8.1f} ms  {sdpa / mine:10.2f}")
 
-    long = inputs(longest)
-    short_time, long_time = in_turns(lambda: ours(leaves, window), lambda: ours(long, window), rounds=rounds)
+    longer = inputs(longest)
+    short_time, long_time = in_turns(lambda: ours(leaves, window), lambda: ours(longer, window), rounds=rounds)
     growth = long_time / short_time / (longest / tokens)
-    print(f"\nforward, {tokens} to {longest} tokens: {long_time / short_time:.2f} times the time, {growth:.2f} of linear")
-    del long
+    print(
+        f"\nforward, {tokens} to {longest} tokens: {long_time / short_time:.2f} times the time, {growth:.2f} of linear"
+    )
     if Path("/proc/self/status").exists():
         small, large = peak_bytes(tokens, window), peak_bytes(longest, window)
         print(
@@ -158,8 +166,8 @@ def main() -> int:
     (near, near_bytes), (far, far_bytes) = decoding(window, window), decoding(longest, window)
     near_time, far_time = in_turns(near, far, rounds=4 * rounds)
     print(
-        f"\na decoded token: {near_time * 1e4:.0f} us at {window} tokens of context, {far_time * 1e4:.0f} us at {longest}, "
-        f"{far_time / near_time:.3f} times; cache {near_bytes} and {far_bytes} bytes"
+        f"\na decoded token: {near_time * 1e4:.0f} us at {window} tokens of context, {far_time * 1e4:.0f} us at "
+        f"{longest}, {far_time / near_time:.3f} times; cache {near_bytes} and {far_bytes} bytes"
     )
     return 0
 
