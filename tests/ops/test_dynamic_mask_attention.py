@@ -56,6 +56,18 @@ def test_gradients_are_those_of_the_formula(shape, window, score_heads, padded):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("window", [40, None])
+def test_scores_far_apart(window):
+    q, k, v, scores = case(1, 300, 300)
+    leaves = q, k, v, (100 * scores).detach().requires_grad_()
+    y, expected = ops.dynamic_mask_attention(*leaves, window=window), formula(*leaves, window=window)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    for got, want in zip(
+        torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("window", [5, 64, None])
 @pytest.mark.parametrize("T", [63, 257])
 def test_no_future_is_seen(window, T):

@@ -255,4 +255,4 @@ def _drop_lowest(scores: Tensor, ratio: float) -> Tensor:
     if n == 0:
         return scores
     # Finite: a query that has lost all its keys takes their mean; the code that this reproduces adds keys to come.
-    return scores.masked_fill(scores < scores.kthvalue(n, -1, keepdim=True).values, -1e30)
+    return scores.masked_fill(scores < scores.kthvalue(n, -1, keepdim=True).values, -1e20)
