@@ -175,7 +175,7 @@ def cache_nbytes(dtype: str, layers: int, kv_heads: int, head_dim: int, capacity
     if library is None:
         raise ThriftyError("[step] a native cache needs the native library; install with a C++ compiler")
     nbytes = library.cache_size(DTYPE_IDS[dtype], layers, kv_heads, head_dim, capacity)
-    if nbytes == 0 and capacity > 0 and dtype == "I8":
+    if nbytes == 0 and layers > 0 and capacity > 0 and dtype == "I8":
         raise ThriftyError(
             f"[step] head_dim of an 8-bit cache must be 1024 at most; got {head_dim}; use a cache of 16 bits"
         )

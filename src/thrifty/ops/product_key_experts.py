@@ -25,6 +25,7 @@ _NATIVE_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "
 _aten = torch.ops.aten
 #: grad * act'(h) by the activation's name.
 _SLOPES = {
+    "sigmoid": lambda grad, h: _aten.sigmoid_backward(grad, torch.sigmoid(h)),
     "silu": lambda grad, h: _aten.silu_backward(grad, h),
     "gelu": lambda grad, h: _aten.gelu_backward(grad, h),
     "gelu_pytorch_tanh": lambda grad, h: _aten.gelu_backward(grad, h, approximate="tanh"),
