@@ -57,27 +57,24 @@ def test_what_cannot_be_is_refused(fields, message):
 
 
 def test_cheems_has_a_pattern_of_its_own():
+    first: dict[str, Any] = {"attn_layer_period": 2, "attn_layer_offset": 0}
+    outside: dict[str, Any] = {"attn_layer_period": 2, "attn_layer_offset": 3}
     assert CheemsConfig().token_mixers == (["ssd"] * 7 + ["dynamic_mask"]) * 4
     assert CheemsConfig(num_hidden_layers=3).mixers == {"ssd"}
-    assert CheemsConfig(attn_layer_period=2, attn_layer_offset=0, num_hidden_layers=2).mixer(0) == "dynamic_mask"
+    assert CheemsConfig(**first, num_hidden_layers=2).mixer(0) == "dynamic_mask"
     with pytest.raises(ThriftyError, match="attn_layer_offset must be at least 0 and below attn_layer_period; got 3"):
-        CheemsConfig(attn_layer_period=2, attn_layer_offset=3)
+        CheemsConfig(**outside)
 
 
 def test_the_seeds_names_of_fields_are_read():
-    config = DogeConfig(
-        hidden_bias=True,
-        is_moe=True,
-        num_cdmoe_experts=64,
-        num_cdmoe_heads=2,
-        num_cdmoe_experts_per_head=4,
-        router="product_key_heads",
-        dynamic_mask_ratio=0.25,
-    )
+    old: dict[str, Any] = {"hidden_bias": True, "is_moe": True, "num_cdmoe_experts": 64, "num_cdmoe_heads": 2}
+    old |= {"num_cdmoe_experts_per_head": 4, "dynamic_mask_ratio": 0.25}
+    config = DogeConfig(**old, router="product_key_heads")
     assert (config.attention_bias, config.mlp_bias, config.feed_forward) == (True, True, "cdmoe")
     assert (config.num_experts, config.num_experts_heads, config.num_experts_per_tok) == (64, 2, 4)
     assert config.dynamic_mask_selection == "ratio"
-    assert DogeConfig(is_causal=True).mixers == {"attention"}
+    causal: dict[str, Any] = {"is_causal": True}
+    assert DogeConfig(**causal).mixers == {"attention"}
     assert DogeConfig().to_dict()["model_type"] == "doge"
 
 
@@ -89,9 +86,10 @@ def test_doge_has_transformers_defaults():
 
 
 def test_saved_and_read_again(tmp_path):
+    moe: dict[str, Any] = {"is_moe": True, "num_experts": 64}
     for config in (
         DogeConfig(),
-        DogeConfig(is_moe=True, num_experts=64, router_layout="legacy"),
+        DogeConfig(**moe, router_layout="legacy"),
         DogeConfig(linear="ternary", num_experts=49, feed_forward="cdmoe", num_experts_per_tok=3),
         CheemsConfig(),
         MatMulFreeConfig(linear="dense"),

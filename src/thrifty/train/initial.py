@@ -41,7 +41,7 @@ def new_model(preset: Preset, tokenizer: Tokenizer) -> models.ThriftyForCausalLM
         # Few layers have a dynamic mask too, the last one.
         shape["attn_layer_period"] = min(8, shape["num_hidden_layers"])
     end = tokenizer.token_to_id(END)
-    tokens = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    tokens: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     return make_model(make_config(**shape, **tokens, rope_parameters=rope, hidden_act="silu", tie_word_embeddings=True))
 
 
