@@ -60,9 +60,8 @@ def dynamic_mask_case(rng: np.random.Generator, shape: tuple[int, int, int, int]
     q, k, v = (rng.standard_normal((TEXT, h, d)).astype(np.float32) for h in (heads, kv_heads, kv_heads))
     scores = rng.integers(0, 5, (TEXT, score_heads)).astype(np.float32) / 3
     stored = {"F32": np.float32, "F16": np.float16}[dtype]
-    y = spec.dynamic_mask_attention(
-        q, *(a.astype(stored).astype(np.float32) for a in (k, v)), scores, window or None
-    ).reshape(TEXT, -1)
+    keys, values = (a.astype(stored).astype(np.float32) for a in (k, v))
+    y = spec.dynamic_mask_attention(q, keys, values, scores, window or None).reshape(TEXT, -1)
     elements = score_heads * CACHE_BLOCK * (d + -(-d // 16) * 16)
     states = _memory(case, elements * np.dtype(stored).itemsize + 8 * score_heads * CACHE_BLOCK)
     for start, stop in STEPS:

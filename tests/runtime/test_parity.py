@@ -5,6 +5,7 @@ that the runtime uses, so that no code moves: only the output head adds in anoth
 """
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,10 +112,15 @@ def test_a_folder_of_transformers_doge_runs_as_it_is(tmp_path):
     from transformers import DogeConfig, DogeForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {
+        "attn_implementation": "eager",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
     scaling = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10_000.0}
-    model = DogeForCausalLM(DogeConfig(**sizes, attn_implementation="eager")).eval()
+    model = DogeForCausalLM(DogeConfig(**sizes)).eval()
     model.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     tokens = np.random.default_rng(0).integers(0, 300, 100).tolist()

@@ -18,7 +18,7 @@ def test_scores_are_positive_and_start_at_one():
     v = np.random.default_rng(0).normal(size=(7, 2, 4)).astype(np.float32)
     weight = np.random.default_rng(1).normal(size=(2, 8)).astype(np.float32)
     np.testing.assert_array_equal(key_scores(v, np.zeros(2, np.float32), weight), 1)
-    scores = key_scores(v, np.float32([-1, 1]), weight, np.float32([0, 3]))
+    scores = key_scores(v, np.array([-1, 1], np.float32), weight, np.array([0, 3], np.float32))
     assert np.all(scores[:, 0] < 1)
     assert np.all(scores[:, 1] > 1)
     expected = np.exp(np.log1p(np.exp(v[3].reshape(-1) @ weight[1] + 3)))
