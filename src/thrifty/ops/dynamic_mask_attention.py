@@ -192,29 +192,29 @@ class _Rows(NamedTuple):
     dropout: float
     generator: torch.Generator | None
 
-    def weights(self, block: _Block) -> tuple[Tensor, ...]:
-        """Scaled q [R, G n, d], gathered k, v [R, U, d], weights [R, G n, U], dropout's factors, the sums."""
+    def probabilities(self, block: _Block) -> tuple[Tensor, ...]:
+        """Scaled q [R, G n, d], gathered k, v [R, U, d], p float32 [R, G n, U], and by what dropout multiplies p."""
         R, _, _, d = self.q.shape
         q = (self.q[:, :, block.start : block.end] * d**-0.5).flatten(1, 2)
         k, v = (t.index_select(0, block.keys).view(R, -1, d) for t in (self.k, self.v))
         logits = torch.bmm(q, k.transpose(1, 2)).float()
         logits.view(R, -1, *block.bias.shape[2:]).add_(block.bias)
-        p = _exp(logits)
-        total = p.sum(-1, keepdim=True)
+        p = _softmax(logits)
         if self.generator is None:
-            return q, k, v, p, p.new_ones(()), total
+            return q, k, v, p, p.new_ones(())
         kept = torch.rand(p.shape, generator=self.generator, device=p.device) >= self.dropout
-        return q, k, v, p, kept / (1 - self.dropout), total
+        return q, k, v, p, kept / (1 - self.dropout)
 
 
-def _exp(logits: Tensor) -> Tensor:
-    """exp(logits [..., U] - their maximum), in their place, with zeros for what lies below 1e-30.
+def _softmax(logits: Tensor) -> Tensor:
+    """softmax(logits [..., U]), in their place, with zeros for weights below 1e-30 of the largest.
 
     No float32 sum notices those, but products with denormal numbers take thirty times as long, and so many logits that
     lie far below the largest (the hidden keys') cost `exp` more than all others.
     """
     p = logits.sub_(logits.amax(-1, keepdim=True)).clamp_(min=-69.3).exp_()
-    return F.threshold(p, 1e-30, 0, inplace=True)
+    F.threshold(p, 1e-30, 0, inplace=True)
+    return p.div_(p.sum(-1, keepdim=True))
 
 
 def _turns(
@@ -241,8 +241,8 @@ def _sparse(
     rows_of_y = y.view(-1, q.shape[1] // k.shape[1], T, d)
     for turn, rows in _turns(q, k, v, scores, ends, window, dropout, seed):
         for block in _blocks(rows.ends, rows.scores, T, window):
-            _, _, values, p, kept, total = rows.weights(block)
-            mixed = torch.bmm((p if rows.generator is None else p * kept).to(v.dtype), values).div_(total)
+            _, _, values, p, kept = rows.probabilities(block)
+            mixed = torch.bmm((p if rows.generator is None else p * kept).to(v.dtype), values)
             rows_of_y[turn, :, block.start : block.end] = mixed.view(len(mixed), -1, block.end - block.start, d)
     return _without_keyless(y, scores)
 
@@ -272,8 +272,7 @@ def _sparse_backward(
     for turn, rows in _turns(q, k, v, scores, ends, window, dropout, seed):
         sums = [t[turn].flatten(0, 1) for t in (dk, dv, db)]
         for block in _blocks(rows.ends, rows.scores, T, window):
-            queries, keys, values, p, kept, total = rows.weights(block)
-            p.div_(total)
+            queries, keys, values, p, kept = rows.probabilities(block)
             g = grad[turn, :, block.start : block.end].flatten(1, 2)
             dropped = p if rows.generator is None else p * kept
             dvalues = torch.bmm(dropped.to(g.dtype).transpose(1, 2), g)
