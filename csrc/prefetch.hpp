@@ -11,6 +11,7 @@ namespace {
 
 /// Distance of the software prefetch: from memory, and past the page border where the hardware prefetcher stops.
 constexpr size_t kPrefetch = 4096;
+constexpr size_t kPage = 4096;
 
 /// Asks for the cache line at `address`, which may lie past the buffer: a prefetch does not fault.
 inline void prefetch(const void* address) {

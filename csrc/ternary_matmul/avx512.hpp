@@ -77,6 +77,10 @@ struct I4 {
   }
 };
 
+/// How much later to ask for the second of two streams, so that the two are not at the same place of a page at a time:
+/// such requests get in each other's way.
+inline size_t stagger(size_t apart) { return (apart + kPage / 8) % kPage < kPage / 4 ? kPage / 4 : 0; }
+
 /// Products with `vpdpbusd`: a dword of weights per row meets one dword of x, broadcast, and no sum crosses lanes.
 /// `Decode` gives kDigits and `digits<scaled>(block, out)`: the unsigned digits of a block, one register per place.
 ///
@@ -113,11 +117,12 @@ struct Vnni {
     const size_t tile_bytes = m.blocks * kBlockBytes, step_bytes = step * tile_bytes;
     const uint8_t* packed = m.packed + tile * tile_bytes;
     const int8_t* x = m.x + token * m.x_stride;
+    const size_t ahead[2] = {kPrefetch, kPrefetch - stagger(step_bytes)};
     THRIFTY_UNROLL
     for (size_t block = 0; block < m.blocks; ++block, packed += kBlockBytes, x += kBlockCols) {
       __m512i digits[kTileCount][kDigits];
       for (int t = 0; t < kTileCount; ++t) {
-        prefetch(packed + size_t(t) * step_bytes + kPrefetch);
+        prefetch(packed + size_t(t) * step_bytes + ahead[t]);
         Decode::template digits<kScaled>(_mm512_loadu_si512(packed + size_t(t) * step_bytes), digits[t]);
       }
       for (int f = 0; f < kDigits; ++f) {
