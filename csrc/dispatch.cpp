@@ -21,7 +21,7 @@ constexpr uint64_t kPeakTurns = 4096;
   {isa::matmul_i2, base3_isa::matmul_base3, nullptr, isa::matmul_i8, isa::matmul_i4}
 #define THRIFTY_STEP(isa)                                                                           \
   isa::float_matmul, isa::rope_cache, isa::attend, isa::attend_chunks, isa::merge_chunks, isa::glu, \
-      isa::product_key_experts, isa::turn_heads, isa::dynamic_mask, isa::mlgru, isa::ssd
+      isa::product_key_topk, isa::product_key_experts, isa::turn_heads, isa::dynamic_mask, isa::mlgru, isa::ssd
 
 constexpr Kernels kGeneric = {THRIFTY_MATMULS(generic, generic),
                               generic::quantize,

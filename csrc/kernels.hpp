@@ -191,6 +191,8 @@ struct Kernels {
   void (*attend_chunks)(const Attention&, size_t row, size_t kv_head, size_t first_chunk, size_t end_chunk);
   void (*merge_chunks)(const Attention&, size_t row, size_t kv_head);
   void (*glu)(const float* gate, const float* up, int activation, size_t count, float* y);
+  /// One row of thrifty_product_key_topk.
+  void (*product_key_topk)(const float* x, const float* y, size_t n, size_t k, float* sums, int64_t* numbers);
   void (*product_key_experts)(const ProductKeyExperts&, size_t first_row, size_t end_row);
   /// Turns heads that lie side by side to one position.
   void (*turn_heads)(float* x, const float* cos, const float* sin, size_t head_dim, size_t heads);
@@ -222,6 +224,7 @@ const Kernels& kernels();
   void attend_chunks(const Attention& a, size_t row, size_t kv_head, size_t first, size_t end); \
   void merge_chunks(const Attention& a, size_t row, size_t kv_head);                            \
   void glu(const float* gate, const float* up, int act, size_t count, float* y);                \
+  void product_key_topk(const float* x, const float* y, size_t n, size_t k, float*, int64_t*);  \
   void product_key_experts(const ProductKeyExperts& e, size_t first, size_t end);               \
   void turn_heads(float* x, const float* cos, const float* sin, size_t d, size_t heads);        \
   void dynamic_mask(const DynamicMask& m, size_t first, size_t end, size_t head);               \

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "../kernels.hpp"
-#include "../product_key_experts/topk.hpp"
 
 namespace thrifty {
 namespace {
@@ -42,7 +41,7 @@ inline void add_experts(const RoutedExperts& e, const Kernels& kernels, const fl
   float *weights = scratch + 2 * count, *hidden = weights + count, *mixed = hidden + count;
   for (size_t head = 0; head < e.heads; ++head) {
     const float* first = scores + head * e.keys;
-    choose_experts(first, first + e.heads * e.keys, e.keys, e.k, weights + head * e.k, numbers + head * e.k);
+    kernels.product_key_topk(first, first + e.heads * e.keys, e.keys, e.k, weights + head * e.k, numbers + head * e.k);
   }
   weigh_experts(e, weights);
   const ProductKeyExperts row{x, numbers, weights, e.down, e.up, e.dtype, e.activation, count, e.d, hidden, mixed};
