@@ -1,3 +1,4 @@
+#include <cstdint>
 #include <cstdlib>
 
 #include "thrifty.h"
@@ -30,6 +31,16 @@ void* thrifty_buffer_alloc(size_t bytes) {
   if (large) madvise(buffer, bytes, MADV_HUGEPAGE);
 #endif
   return buffer;
+#endif
+}
+
+void thrifty_use_huge_pages(void* memory, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t first = (uintptr_t(memory) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (uintptr_t(memory) + bytes) / kHugePage * kHugePage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
 #endif
 }
 

@@ -15,6 +15,8 @@
 #include <intrin.h>
 #endif
 
+#include "thrifty.h"
+
 namespace thrifty {
 namespace {
 
@@ -155,11 +157,48 @@ class Pool {
 // Never destroyed: its threads wait on it until the process ends.
 std::atomic<Pool*> the_pool{nullptr};
 
+/// A job on the threads of an OpenMP runtime. Parts are dealt and claimed as the pool's are.
+struct Team {
+  using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+  Part part;
+  const void* context;
+  int threads;
+  int parts_per_thread;
+  std::atomic<int> members{0};
+  std::atomic<int> claimed[kMostThreads];
+
+  Team(int most, int each, Part body, const void* data)
+      : part(body), context(data), threads(most), parts_per_thread(each) {
+    for (int i = 0; i < threads; ++i) claimed[i].store(0, std::memory_order_relaxed);
+  }
+
+  /// The team is as large as the runtime likes: were it another size each time, threads would end and start anew.
+  void run(Parallel parallel) {
+    parallel([](void* team) { static_cast<Team*>(team)->take_parts(); }, this, 0, 0);
+  }
+
+  void take_parts() {
+    const int index = members.fetch_add(1, std::memory_order_relaxed);
+    if (index >= threads) return;
+    for (int i = 0; i < threads; ++i) {
+      const int from = (index + i) % threads;
+      for (int n; (n = claimed[from].fetch_add(1, std::memory_order_relaxed)) < parts_per_thread;) {
+        part(context, from * parts_per_thread + n, threads * parts_per_thread);
+      }
+    }
+  }
+};
+
+std::atomic<Team::Parallel> the_openmp{nullptr};
+
 #if !defined(_WIN32)
 // A child of fork has none of the threads, so it drops the pool, locks and all, and makes another. Registered as the
 // library loads, before there can be a pool that a fork would copy.
-[[maybe_unused]] const int kAtFork =
-    pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr, std::memory_order_release); });
+[[maybe_unused]] const int kAtFork = pthread_atfork(nullptr, nullptr, [] {
+  the_pool.store(nullptr, std::memory_order_release);
+  the_openmp.store(nullptr, std::memory_order_release);
+});
 #endif
 
 Pool* get_pool() {
@@ -187,6 +226,10 @@ void relax() {
 }
 
 void run_parts(int threads, int parts_per_thread, Part part, const void* context) {
+  if (const auto openmp = the_openmp.load(std::memory_order_acquire)) {
+    Team(threads, parts_per_thread, part, context).run(openmp);
+    return;
+  }
   Pool* pool = get_pool();
   if (pool != nullptr && pool->run(threads, parts_per_thread, part, context)) return;
   const int parts = threads * parts_per_thread;
@@ -194,3 +237,7 @@ void run_parts(int threads, int parts_per_thread, Part part, const void* context
 }
 
 }  // namespace thrifty
+
+void thrifty_use_openmp(void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags)) {
+  thrifty::the_openmp.store(parallel, std::memory_order_release);
+}

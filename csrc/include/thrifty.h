@@ -67,9 +67,17 @@ THRIFTY_API int thrifty_isa_selected(void);
 /* Uses the named instruction set from now on, or the best for NULL. Fails where it is not built or not detected. */
 THRIFTY_API int thrifty_isa_select(const char* name);
 
+/* Runs jobs on the threads of an OpenMP runtime, whose GOMP_parallel this is, from now on, or on the pool again for
+ * NULL. Beside a library that uses OpenMP the pool's threads would share cores with that runtime's, which spin for some
+ * milliseconds after each of its own jobs. A child of fork is back on the pool. */
+THRIFTY_API void thrifty_use_openmp(void (*parallel)(void (*body)(void*), void* data, unsigned threads,
+                                                     unsigned flags));
+
 /* Memory aligned to 64 bytes, large blocks to 2 MiB and advised to use huge pages. NULL when there is none. */
 THRIFTY_API void* thrifty_buffer_alloc(size_t bytes);
 THRIFTY_API void thrifty_buffer_free(void* buffer);
+/* Asks for huge pages in memory that nobody has written to yet, where the system has them. */
+THRIFTY_API void thrifty_use_huge_pages(void* memory, size_t bytes);
 
 /* Bytes of a packed matrix, padding included; 0 for a bad format or shape. */
 THRIFTY_API size_t thrifty_pack_size(int format, int64_t rows, int64_t cols);

@@ -79,6 +79,21 @@ def select_isa(name: str | None) -> None:
     _library.select(_library.load(), name)
 
 
+def use_huge_pages(address: int, nbytes: int) -> None:
+    """Asks for huge pages in memory that nobody has written to yet, where the system has them."""
+    library = _library.load()
+    if library is not None:
+        library.use_huge_pages(address, nbytes)
+
+
+def use_openmp(address: int | None) -> None:
+    """Runs the library's jobs on the threads of the OpenMP runtime whose GOMP_parallel lies at an address, from now on;
+    on threads of its own for None."""
+    library = _library.load()
+    if library is not None:
+        library.use_openmp(address)
+
+
 def read_bandwidth(buffer: np.ndarray, loop: int, n_threads: int) -> float:
     """Bytes per second of one pass of reading a contiguous buffer, cut between threads as a matrix is.
 
@@ -169,4 +184,6 @@ __all__ = [
     "select_isa",
     "ternary_matmul",
     "unpack",
+    "use_huge_pages",
+    "use_openmp",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from thrifty import ops
+from thrifty import native, ops
 from thrifty.errors import ThriftyError
 from thrifty.nn.linear import Linear, Norm, make_linear
 from thrifty.nn.norm import RMSNorm
@@ -246,7 +246,10 @@ def product_keys(heads: int, n: int, r: int) -> nn.Parameter:
 
 def expert_table(rows: int, d: int) -> nn.Embedding:
     """Rows [rows, d] of experts, N(0, 1 / d)."""
-    table = nn.Embedding(rows, d, _weight=torch.empty(rows, d))
+    memory = torch.empty(rows, d)
+    if memory.device.type == "cpu":  # rows from here and there miss the address cache of small pages
+        native.use_huge_pages(memory.data_ptr(), memory.nbytes)
+    table = nn.Embedding(rows, d, _weight=memory)
     nn.init.normal_(table.weight, std=d**-0.5)
     return table
 

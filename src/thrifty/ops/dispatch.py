@@ -1,5 +1,9 @@
 """Choosing an implementation: the native library for CPU tensors where it is built, plain torch otherwise."""
 
+import ctypes
+import sys
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -8,7 +12,10 @@ from thrifty import native
 
 def use_native(x: Tensor) -> bool:
     """Whether the native library can work on x: CPU memory, and the library is there."""
-    return x.device.type == "cpu" and native.available()
+    if x.device.type != "cpu" or not native.available():
+        return False
+    _share_threads()
+    return True
 
 
 def is_fused() -> bool:
@@ -21,3 +28,16 @@ def is_evaluation(x: Tensor) -> bool:
     return (
         x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and use_native(x)
     )
+
+
+@cache
+def _share_threads() -> None:
+    """Lets the native library work on torch's threads: after each of torch's own ops these spin for a while, and others
+    would have to share the cores with them."""
+    if sys.platform != "linux":
+        return
+    try:
+        parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # in whatever torch is linked with
+    except (AttributeError, OSError):
+        return
+    native.use_openmp(ctypes.cast(parallel, ctypes.c_void_p).value)
