@@ -19,48 +19,36 @@ constexpr uint64_t kPeakTurns = 4096;
 
 #define THRIFTY_MATMULS(isa, base3_isa) \
   {isa::matmul_i2, base3_isa::matmul_base3, nullptr, isa::matmul_i8, isa::matmul_i4}
-#define THRIFTY_STEP(isa)                                                                           \
-  isa::float_matmul, isa::rope_cache, isa::attend, isa::attend_chunks, isa::merge_chunks, isa::glu, \
+#define THRIFTY_STEP(isa, attend_isa)                                                                      \
+  isa::float_matmul, isa::rope_cache, attend_isa::attend, isa::attend_chunks, isa::merge_chunks, isa::glu, \
       isa::product_key_topk, isa::product_key_experts, isa::turn_heads, isa::dynamic_mask, isa::mlgru, isa::ssd
 
-constexpr Kernels kGeneric = {THRIFTY_MATMULS(generic, generic),
-                              generic::quantize,
-                              generic::rms_norm,
-                              THRIFTY_STEP(generic),
-                              generic::read,
-                              generic::multiply};
+constexpr Kernels kGeneric = {THRIFTY_MATMULS(generic, generic), generic::quantize, generic::rms_norm,
+                              THRIFTY_STEP(generic, generic),    generic::read,     generic::multiply};
 #if defined(THRIFTY_BUILD_NEON)
 // Heads and the float ops are plain C++ there, which compilers vectorise.
 constexpr Kernels kNeon = {{neon::matmul_i2, neon::matmul_base3, nullptr, generic::matmul_i8, generic::matmul_i4},
                            neon::quantize,
                            neon::rms_norm,
-                           THRIFTY_STEP(generic),
+                           THRIFTY_STEP(generic, generic),
                            generic::read,
                            neon::multiply};
 #endif
 #if defined(THRIFTY_BUILD_AVX2)
 constexpr Kernels kAvx2 = {THRIFTY_MATMULS(avx2, avx2), avx2::quantize, avx2::rms_norm,
-                           THRIFTY_STEP(avx2),          generic::read,  avx2::multiply};
+                           THRIFTY_STEP(avx2, avx2),    generic::read,  avx2::multiply};
 #endif
 #if defined(THRIFTY_BUILD_AVX512)
-constexpr Kernels kAvx512 = {THRIFTY_MATMULS(avx512, avx512),
-                             avx512::quantize,
-                             avx512::rms_norm,
-                             THRIFTY_STEP(avx512),
-                             avx512::read,
-                             avx512::multiply};
+constexpr Kernels kAvx512 = {THRIFTY_MATMULS(avx512, avx512), avx512::quantize, avx512::rms_norm,
+                             THRIFTY_STEP(avx512, avx512),    avx512::read,     avx512::multiply};
 #endif
 #if defined(THRIFTY_BUILD_AVX512_VBMI)
-constexpr Kernels kAvx512Vbmi = {THRIFTY_MATMULS(avx512, avx512_vbmi),
-                                 avx512::quantize,
-                                 avx512::rms_norm,
-                                 THRIFTY_STEP(avx512),
-                                 avx512::read,
-                                 avx512::multiply};
+constexpr Kernels kAvx512Vbmi = {THRIFTY_MATMULS(avx512, avx512_vbmi), avx512::quantize, avx512::rms_norm,
+                                 THRIFTY_STEP(avx512, avx512),         avx512::read,     avx512::multiply};
 #endif
 #if defined(THRIFTY_BUILD_AMX)
 constexpr Kernels kAmx = {THRIFTY_MATMULS(amx, amx), avx512::quantize, avx512::rms_norm,
-                          THRIFTY_STEP(avx512),      avx512::read,     amx::multiply};
+                          THRIFTY_STEP(avx512, amx), avx512::read,     amx::multiply};
 #endif
 
 struct Isa {

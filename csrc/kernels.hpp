@@ -256,6 +256,9 @@ THRIFTY_QUANTIZE(avx512)
 THRIFTY_STEP(generic)
 THRIFTY_STEP(avx2)
 THRIFTY_STEP(avx512)
+namespace amx {
+void attend(const Attention& a, size_t row, size_t rows, size_t kv_head);
+}
 namespace generic {
 uint64_t read(const void* bytes, size_t count, int loop);
 }

@@ -158,7 +158,7 @@ void take_chunks(const Attention& a, const HeadCache& cache, size_t first, size_
     }
   };
   if (a.shape.dtype == THRIFTY_INT8) {
-    const CodedQueries<V> codes(set, a.shape.head_dim, a.scale);
+    const CodedQueries<V> codes(set.q, set.count, a.shape.head_dim, a.scale);
     each([&](size_t chunk) { take_int8_chunk<V>(a, cache, chunk, codes, set); });
   } else if (a.shape.dtype == THRIFTY_F16) {
     each([&](size_t chunk) { take_chunk<V, Half>(a, cache, chunk, set); });

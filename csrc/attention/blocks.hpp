@@ -123,7 +123,6 @@ void attend_block(const Attention& a, const HeadCache& cache, QueryBlock& set) {
     mix_chunk<V>(set, reinterpret_cast<const T*>(cache.v) + start * up_to(d, 16), d, start, active);
   }
   for (size_t i = 0; i < set.count; ++i) divide<V>(set.y[i], d, set.total[i].l);
-  set.count = 0;
 }
 
 template <class V>
@@ -132,12 +131,10 @@ void attend_block(const Attention& a, const HeadCache& cache, QueryBlock& set) {
   attend_block<V, float>(a, cache, set);
 }
 
-/// `attend_rows` with the same bits: many queries in blocks, where there is anything to widen.
-template <class V>
-void attend_many(const Attention& a, size_t row, size_t rows, size_t kv_head) {
+/// Calls run(cache, block) for the queries of some rows, in blocks.
+template <class Run>
+void in_blocks(const Attention& a, size_t row, size_t rows, size_t kv_head, const Run& run) {
   const Heads& h = a.shape;
-  const bool few = rows * group_of(h) <= kQueries || h.head_dim > kBlockHeadDim;
-  if (few || h.dtype == THRIFTY_INT8) return attend_rows<V>(a, row, rows, kv_head);
   const HeadCache cache(h, a.batch->caches[a.batch->slots[row]], kv_head);
   QueryBlock set;
   for (size_t r = row; r < row + rows; ++r) {
@@ -145,10 +142,22 @@ void attend_many(const Attention& a, size_t row, size_t rows, size_t kv_head) {
       set.q[set.count] = a.q + r * a.q_stride + head * h.head_dim;
       set.y[set.count] = a.y + r * a.y_stride + head * h.head_dim;
       set.length[set.count] = size_t(a.batch->positions[r]) + 1;
-      if (++set.count == kBlockQueries) attend_block<V>(a, cache, set);
+      if (++set.count == kBlockQueries) {
+        run(cache, set);
+        set.count = 0;
+      }
     }
   }
-  if (set.count > 0) attend_block<V>(a, cache, set);
+  if (set.count > 0) run(cache, set);
+}
+
+/// `attend_rows` with the same bits: many queries in blocks, where there is anything to widen.
+template <class V>
+void attend_many(const Attention& a, size_t row, size_t rows, size_t kv_head) {
+  const Heads& h = a.shape;
+  const bool few = rows * group_of(h) <= kQueries || h.head_dim > kBlockHeadDim;
+  if (few || h.dtype == THRIFTY_INT8) return attend_rows<V>(a, row, rows, kv_head);
+  in_blocks(a, row, rows, kv_head, [&](const HeadCache& cache, QueryBlock& set) { attend_block<V>(a, cache, set); });
 }
 
 }  // namespace

@@ -27,18 +27,18 @@ class Ahead {
 };
 
 /// Queries quantised as keys are: q = code * scale.
-template <class V>
+template <class V, size_t kMost = kQueries, size_t kMostDim = kMostInt8Dim>
 struct CodedQueries {
-  alignas(64) typename V::Code codes[kQueries][kMostInt8Dim];
-  float scale[kQueries];     // times that of the scores
-  int32_t offset[kQueries];  // what the keys' 128 adds to every product
+  alignas(64) typename V::Code codes[kMost][kMostDim];
+  float scale[kMost];     // times that of the scores
+  int32_t offset[kMost];  // what the keys' 128 adds to every product
 
-  CodedQueries(const Queries& set, size_t d, float scores) {
-    for (size_t j = 0; j < set.count; ++j) {
-      const float factor = inverse_scale<V>(set.q[j], d, scale + j);
+  CodedQueries(const float* const* q, size_t count, size_t d, float scores) {
+    for (size_t j = 0; j < count; ++j) {
+      const float factor = inverse_scale<V>(q[j], d, scale + j);
       auto sum = V::set(0.0f);
       for (size_t i = 0; i < d; i += 16) {
-        auto code = V::round(V::mul(load_some<V>(set.q[j] + i, d - i), V::set(factor)));
+        auto code = V::round(V::mul(load_some<V>(q[j] + i, d - i), V::set(factor)));
         // A NaN is in the scale already.
         code = V::max(code, V::set(-127.0f));
         code = V::first(d - i, code, V::set(0.0f));
@@ -98,37 +98,41 @@ struct CodedWeights {
 };
 
 /// Scores of some queries that see the same positions to weights of whole numbers, those of positions from `count` on
-/// 0. Each stage goes over all of them before the next: what a stage waits for, the largest of a row, takes longer than
-/// the rest.
-template <class V>
+/// 0. They come as floats or, in the same place, as exact products (T). Each stage goes over all of them before the
+/// next: what a stage waits for, the largest of a row, takes longer than the rest.
+template <class V, class T = float>
 void weigh_int8(float (*s)[kChunk], size_t queries, size_t count, const float* scale, const float* k_scales,
                 const float* v_scales, const float* bias, Ahead& ahead, CodedWeights<V>* w, Softmax* parts) {
-  const size_t blocks = up_to(count, 16) / 16;
   const auto none = V::set(-INFINITY), zero = V::set(0.0f);
   Ahead lines = ahead;
   typename V::F most[kQueries], l[kQueries];
+  // Only the last sixteen positions may be cut.
+  const auto each = [&](const auto& take) {
+    size_t at = 0;
+    for (; at + 16 <= count; at += 16) take(at, [](auto v, auto) { return v; });
+    if (at < count) take(at, [&](auto v, auto other) { return V::first(count - at, v, other); });
+  };
   for (size_t j = 0; j < queries; ++j) {
     most[j] = none;
-    for (size_t b = 0; b < blocks; ++b) {
-      auto v = V::mul(V::mul(V::load(s[j] + 16 * b), V::set(scale[j])), V::load(k_scales + 16 * b));
-      if (bias) v = V::add(v, V::load(bias + 16 * b));
-      const auto seen = V::first(count - 16 * b, v, none);
-      V::store(s[j] + 16 * b, seen);
-      most[j] = V::max(most[j], seen);
-    }
+    each([&](size_t at, const auto& cut) {
+      auto v = V::mul(V::mul(V::load(reinterpret_cast<const T*>(s[j] + at)), V::set(scale[j])), V::load(k_scales + at));
+      if (bias) v = V::add(v, V::load(bias + at));
+      v = cut(v, none);
+      V::store(s[j] + at, v);
+      most[j] = V::max(most[j], v);
+    });
   }
   for (size_t j = 0; j < queries; ++j) parts[j].m = largest<V>(most[j]);
   for (size_t j = 0; j < queries; ++j) {
     l[j] = most[j] = zero;
-    for (size_t b = 0; b < blocks; ++b) {
+    each([&](size_t at, const auto& cut) {
       lines.step();
-      const auto p =
-          V::first(count - 16 * b, exp_negative<V>(V::sub(V::load(s[j] + 16 * b), V::set(parts[j].m))), zero);
-      const auto weight = V::first(count - 16 * b, V::mul(p, V::load(v_scales + 16 * b)), zero);
+      const auto p = cut(exp_negative<V>(V::sub(V::load(s[j] + at), V::set(parts[j].m))), zero);
+      const auto weight = cut(V::mul(p, V::load(v_scales + at)), zero);
       l[j] = V::add(l[j], p);
       most[j] = V::max(most[j], weight);
-      V::store(s[j] + 16 * b, weight);
-    }
+      V::store(s[j] + at, weight);
+    });
   }
   for (size_t j = 0; j < queries; ++j) {
     parts[j].l = sum<V>(l[j]);
@@ -137,10 +141,10 @@ void weigh_int8(float (*s)[kChunk], size_t queries, size_t count, const float* s
   for (size_t j = 0; j < queries; ++j) {
     const auto factor = V::set(1.0f / w[j].unit);
     auto codes = zero;
-    for (size_t b = 0; b < blocks; ++b) {
+    for (size_t at = 0; at < count; at += 16) {
       lines.step();
-      const auto code = V::max(V::round(V::mul(V::load(s[j] + 16 * b), factor)), zero);
-      V::store_weights(w[j].codes[0] + 16 * b, kChunk, code);
+      const auto code = V::max(V::round(V::mul(V::load(s[j] + at), factor)), zero);
+      V::store_weights(w[j].codes[0] + at, kChunk, code);
       codes = V::add(codes, code);
     }
     l[j] = codes;

@@ -2,6 +2,9 @@
 
 #include <immintrin.h>
 
+#include <cmath>
+
+#include "math.hpp"
 #include "scalars.hpp"
 
 namespace thrifty {
@@ -68,6 +71,23 @@ struct Avx512 {
     return _mm512_mask_mov_ps(b, count >= 16 ? __mmask16(0xFFFF) : __mmask16((1u << count) - 1), a);
   }
 };
+
+template <>
+inline float sum<Avx512>(__m512 v) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+template <>
+inline float largest<Avx512>(__m512 v) {
+  const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  const float most = _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+  return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) ? NAN : most;
+}
 
 }  // namespace
 }  // namespace thrifty
