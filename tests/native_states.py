@@ -54,9 +54,12 @@ def ssd_case(rng: np.random.Generator, heads: int, groups: int, p: int, n: int) 
     return case
 
 
-def dynamic_mask_case(rng: np.random.Generator, shape: tuple[int, int, int, int], dtype: str, window: int) -> Case:
+def dynamic_mask_case(
+    rng: np.random.Generator, shape: tuple[int, int, int, int], dtype: str, window: int, unseen: int = 0
+) -> Case:
+    """The first `unseen` steps bring keys and no queries."""
     heads, kv_heads, score_heads, d = shape
-    case = Case(f"step: dynamic_mask {dtype}, heads {shape}, window {window}")
+    case = Case(f"step: dynamic_mask {dtype}, heads {shape}, window {window}, {unseen} without queries")
     q, k, v = (rng.standard_normal((TEXT, h, d)).astype(np.float32) for h in (heads, kv_heads, kv_heads))
     scores = rng.integers(0, 5, (TEXT, score_heads)).astype(np.float32) / 3
     stored = {"F32": np.float32, "F16": np.float16}[dtype]
@@ -64,11 +67,12 @@ def dynamic_mask_case(rng: np.random.Generator, shape: tuple[int, int, int, int]
     y = spec.dynamic_mask_attention(q, keys, values, scores, window or None).reshape(TEXT, -1)
     elements = score_heads * CACHE_BLOCK * (d + -(-d // 16) * 16)
     states = _memory(case, elements * np.dtype(stored).itemsize + 8 * score_heads * CACHE_BLOCK)
-    for start, stop in STEPS:
+    for step, (start, stop) in enumerate(STEPS):
         program, width = Program(case), heads * d
-        given = [case.given(_cut(a.reshape(TEXT, -1), width, start, stop)) for a in (q, k, v)]
+        queries, *given = (case.given(_cut(a.reshape(TEXT, -1), width, start, stop)) for a in (q, k, v))
         numbers = (heads, kv_heads, d, score_heads, window, DTYPE_IDS[dtype], width, 0, 0)
-        arrays = (*given, case.given(scores[start:stop]), case.close(y[start:stop]))
+        ends = (NULL, NULL) if step < unseen else (queries, case.close(y[start:stop]))
+        arrays = (ends[0], *given, case.given(scores[start:stop]), ends[1])
         program.op(OpCode.DYNAMIC_MASK, numbers, arrays, d**-0.5)
         program.run(stop - start, positions=range(start, stop), caches=[(states, CACHE_BLOCK, states)])
     return case
@@ -118,6 +122,7 @@ def state_cases(rng: np.random.Generator) -> Iterator[Case]:
     yield from (ssd_case(rng, *shape) for shape in ((1, 1, 1, 1), (3, 3, 18, 18), (4, 2, 63, 5)))
     for shape in ((4, 2, 2, 18), (3, 1, 3, 2), (6, 6, 6, 64)):
         yield from (dynamic_mask_case(rng, shape, dtype, w) for dtype in ("F32", "F16") for w in (1, 6, 0))
+        yield from (dynamic_mask_case(rng, shape, "F32", 6, unseen) for unseen in (1, 2))
     yield from (heads_case(rng, d) for d in (2, 18, 64))
     for dtype in ("F32", "BF16", "F16"):
         yield from (experts_case(rng, dtype, *shape) for shape in ((1, 1, 1, 1), (2, 5, 3, 63), (1, 64, 16, 257)))
@@ -137,6 +142,8 @@ def refused_states() -> Case:
         (OpCode.DYNAMIC_MASK, (2, 2, 8, 1, 4, 0, 16, 0, 0), (a,) * 5),
         (OpCode.DYNAMIC_MASK, (2, 1, 8, 1, 4, 1, 16, 0, 0), (a,) * 5),
         (OpCode.DYNAMIC_MASK, (2, 1, 8, 1, 4, 0, 16, 0, 4), (a,) * 5),
+        (OpCode.DYNAMIC_MASK, (2, 1, 8, 1, 4, 0, 16, 0, 0), (NULL, a, a, a, a)),
+        (OpCode.DYNAMIC_MASK, (2, 1, 8, 1, 4, 0, 16, 0, 0), (a, a, a, a, NULL)),
         (OpCode.DYNAMIC_MASK, (2, 1, 8, 1, 4, 0, 16, 0, 0), (a,) * 5),  # no states
         (OpCode.MLGRU, (8, 8, 8, 0), (a,) * 4),
         (OpCode.MLGRU, (0, 8, 8, 0), (a,) * 4),

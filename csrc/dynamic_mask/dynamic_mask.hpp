@@ -91,6 +91,10 @@ void dynamic_mask_rows(const DynamicMask& m, size_t first, size_t end, size_t he
   const size_t d = m.shape.head_dim, group = group_of(m.shape), most = group < kQueries ? kQueries / group : 1;
   KeptKeys kept(m, m.batch->caches[m.batch->slots[first]], head);
   const Attention a{m.shape, m.batch, m.q, m.stride, m.y, m.shape.heads * d, m.scale, nullptr, 0};
+  if (!m.q) {
+    for (size_t row = first; row < end; ++row) keep_row<V>(m, kept, row, head);
+    return;
+  }
   for (size_t row = first, stop; row < end; row = stop) {
     stop = row;
     do {

@@ -221,9 +221,10 @@ enum thrifty_op_flags {
  *               exp(A softplus(W x + b)), in float64.
  * DYNAMIC_MASK  heads, kv heads, head dim, score heads, window or 0 for all, cache dtype, stride, layer, at; scale; q,
  *               k, v, scores [score heads], y [heads * head dim]. Keeps a key among the `window` best of its score
- *               head, the newer of equals, and attends to those kept, scores added. Layer l lies at + l * bytes behind
- *               `states`: keys and values as of thrifty_cache_size for score heads and s slots, s = min(window,
- *               capacity) padded to THRIFTY_CACHE_BLOCK, then scores float and positions int32 [score heads, s].
+ *               head, the newer of equals, and attends to those kept, scores added; with q and y NULL it only keeps.
+ *               Layer l lies at + l * bytes behind `states`: keys and values as of thrifty_cache_size for score heads
+ *               and s slots, s = min(window, capacity) padded to THRIFTY_CACHE_BLOCK, then scores float and positions
+ *               int32 [score heads, s].
  * MLGRU         d, x stride, y stride, at;; f, c, g or NULL for ones, y: h = f h + (1 - f) c, y = g h. State: d floats.
  * SSD           heads, groups, p, n, x stride, dt stride, y stride, at;; x [heads * p], B, C [groups * n], dt [heads],
  *               A [heads], y [heads * p]: with s = softplus(dt), h = exp(A s) h + s x B^T, y = h C. B and C have the

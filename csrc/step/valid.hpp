@@ -29,7 +29,7 @@ bool valid_state(int64_t at) { return at % 64 == 0; }
 
 bool valid_mask(const thrifty_op& op) {
   return op.n[1] > 0 && op.n[3] > 0 && op.n[0] % op.n[3] == 0 && op.n[3] % op.n[1] == 0 && op.n[2] > 0 &&
-         valid_cache(op.n[5], op.n[2]) && valid_state(op.n[8]) && all_given(op, 5);
+         valid_cache(op.n[5], op.n[2]) && valid_state(op.n[8]) && op.p[1] && op.p[2] && op.p[3] && !op.p[0] == !op.p[4];
 }
 
 bool valid_experts(const thrifty_op& op) {

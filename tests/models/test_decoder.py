@@ -234,10 +234,11 @@ def test_low_precision_keeps_logits_in_float32(tokens):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_layers_compile_once_for_all_in_one_piece(tokens):
+@pytest.mark.parametrize(("mixture", "kinds"), [("bitnet", 1), ("cheems", 2), ("matmulfree", 1)])
+def test_layers_compile_once_for_all_of_a_kind_in_one_piece(mixture, kinds, tokens):
     torch._dynamo.reset()
     counters.clear()
-    model = small_model("bitnet").train()
+    model = small_model(mixture).train()
 
     def gradients():
         model.zero_grad()
@@ -248,9 +249,9 @@ def test_layers_compile_once_for_all_in_one_piece(tokens):
     model.compile_layers()
     for a, b in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == kinds
     assert not counters["graph_break"]
-    assert torch.equal(logits(model.eval(), tokens), logits(small_model("bitnet"), tokens))
+    assert torch.equal(logits(model.eval(), tokens), logits(small_model(mixture), tokens))
     assert not torch._dynamo.config.suppress_errors
 
 

@@ -76,7 +76,7 @@ def test_gradients_flow_from_the_first_step(options, sparse):
 def test_low_bit_layers_beside_dense_experts(weight):
     moe = layer(weight=weight, router="linear")
     assert {type(m) for m in (moe.gate_proj, moe.up_proj, moe.down_proj)} == {nn.BitLinear}
-    assert type(moe.router_gate) is torch.nn.Linear
+    assert isinstance(moe.router_gate, torch.nn.Linear)
     assert nn.pack(moe)(torch.randn(3, 16)).shape == (3, 16)
 
 

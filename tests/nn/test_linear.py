@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from thrifty import nn, ops
+from thrifty import native, nn, ops
 from thrifty.errors import ThriftyError
+from thrifty.nn.linear import ExactLinear
 
 
 def test_is_a_drop_in_for_a_linear_layer():
@@ -70,3 +71,14 @@ def test_wrong_choices_are_refused():
         nn.BitLinear(8, 4, norm="batch")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ThriftyError, match="one of ternary, binary, dense; got 'sparse'"):
         nn.make_linear("sparse", 8, 4, True)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.skipif(not native.available(), reason="no native library")
+@pytest.mark.parametrize("shape", [(256, 128), (512, 40)])
+def test_an_exact_row_does_not_depend_on_the_others(shape):
+    torch.manual_seed(0)
+    layer, x = ExactLinear(*shape), torch.randn(60, shape[0])
+    torch.testing.assert_close(layer(x).detach(), torch.nn.Linear.forward(layer, x).detach(), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        whole = layer(x)
+        assert all(torch.equal(layer(row), y) for row, y in zip(x.split(1), whole.split(1), strict=True))

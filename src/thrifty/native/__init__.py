@@ -17,6 +17,7 @@ from thrifty.native._experts import MOST_CHOSEN, product_key_experts, product_ke
 from thrifty.native._kept_until import kept_until
 from thrifty.native._library import aligned_empty
 from thrifty.native._matmul import ternary_matmul
+from thrifty.native._mixers import dynamic_mask_attention, float_matmul, routed_experts, ssd
 from thrifty.native._packed import KERNEL_FORMATS, PackedMatrix, pack, pack_into, unpack
 from thrifty.native._quantize import quantize_into, quantize_per_token, rms_norm
 from thrifty.native._step import (
@@ -166,6 +167,8 @@ __all__ = [
     "cpu_threads",
     "default_threads",
     "detected_isas",
+    "dynamic_mask_attention",
+    "float_matmul",
     "glu",
     "info",
     "int8_peak",
@@ -181,7 +184,9 @@ __all__ = [
     "refused_isas",
     "repack",
     "rms_norm",
+    "routed_experts",
     "select_isa",
+    "ssd",
     "ternary_matmul",
     "unpack",
     "use_huge_pages",

@@ -102,7 +102,8 @@ class DynamicMaskLayer(CacheLayerMixin):
         """Keys, values and scores that the queries of T new tokens choose among, these last; keeps the `window` best.
 
         k, v: [B, kv_heads, T, d]; scores: [B, score_heads, T], -inf at padding; window=None keeps all. Of a single
-        token the choice is made: at most `window` keys come back, in any order, the new one perhaps not among them.
+        token the choice is made: at most `window` keys come back, in the order of their slots, the new one perhaps not
+        among them.
         """
         if scores.shape[1] != k.shape[1]:
             k, v = (t.repeat_interleave(scores.shape[1] // t.shape[1], dim=1) for t in (k, v))
@@ -123,9 +124,7 @@ class DynamicMaskLayer(CacheLayerMixin):
         if window is None or window >= S:
             self.slots = tuple(t.clone() for t in new) if self.slots is None else new
         else:
-            active = ops.kept_until(new[2], window) == S
-            kept = torch.where(active, torch.arange(S, device=scores.device), S).sort(-1).values[..., :window]
-            self.slots = _select(new, kept)
+            self.slots = _select(new, _slots(ops.kept_until(new[2], window), window))
         return new[:3]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -218,6 +217,18 @@ def unpadded(mask: Tensor | None, tokens: int) -> Tensor | None:
 def _select(slots: tuple[Tensor, ...], index: Tensor) -> Any:
     """Entries of keys and values [B, h, n, d], scores and ages [B, h, n] at index [B, h, m]."""
     return tuple(t.gather(2, index if t.ndim == 3 else index[..., None].expand(-1, -1, -1, t.shape[3])) for t in slots)
+
+
+def _slots(ends: Tensor, window: int) -> Tensor:
+    """The keys [B, h, window] that are left in the order that steps keep them in: a key takes the slot of the one that
+    it evicts. ends: `thrifty.ops.kept_until` of S keys, [B, h, S]."""
+    S = ends.shape[-1]
+    positions = torch.arange(S, device=ends.device).expand(ends.shape)
+    evicted = torch.cat([positions, positions[..., :1]], -1).scatter(-1, ends, positions)[..., :S]
+    slots = torch.where(positions < window, positions, evicted)
+    for _ in range(S.bit_length()):  # from a key to the one before it, then to that of twice as long ago
+        slots = slots.gather(-1, slots)
+    return slots.masked_fill(ends < S, S).argsort(-1)[..., :window]
 
 
 def _replace_worst(slots: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Any:

@@ -8,9 +8,10 @@ from thrifty import ops
 from thrifty.errors import ThriftyError
 from thrifty.nn.attention import check_heads
 from thrifty.nn.cache import dynamic_mask_layer, unpadded
-from thrifty.nn.linear import Linear, Norm, make_linear
+from thrifty.nn.linear import ExactLinear, Linear, Norm, is_exact, make_linear
 from thrifty.nn.norm import RMSNorm
 from thrifty.nn.rotary import RotaryEmbedding
+from thrifty.ops import evaluation
 
 #: How a dynamic mask chooses its keys.
 Selection = Literal["none", "keep_window", "ratio", "ratio_legacy"]
@@ -75,14 +76,16 @@ class DynamicMaskAttention(nn.Module):
             )
         self.heads, self.kv_heads = heads, kv_heads
         self.head_dim = dim // heads if head_dim is None else head_dim
-        self.attention_dropout = dropout
+        self.attention_dropout, self.kind = dropout, weight
         self.layer_idx = layer_idx
         self.keyless_mean = keyless_mean
         width, kv_width = heads * self.head_dim, kv_heads * self.head_dim
         score_heads = kv_heads if dt_heads == "kv" else heads
         self.q_proj = make_linear(weight, dim, width, bias, norm)
         self.k_proj = make_linear(weight, dim, kv_width, bias, norm)
-        self.v_proj = make_linear(weight, dim, kv_width, bias, norm)
+        # Equal tokens have equal values, so that their scores tie, in prompts and steps alike.
+        dense = weight == "dense"
+        self.v_proj = ExactLinear(dim, kv_width, bias) if dense else make_linear(weight, dim, kv_width, bias, norm)
         self.A = nn.Parameter(torch.empty(score_heads))
         self.dt_proj = nn.Linear(kv_width, score_heads, bias)
         self.q_norm = RMSNorm(self.head_dim, eps) if qk_norm else None
@@ -126,7 +129,11 @@ class DynamicMaskAttention(nn.Module):
         if self.selection == "ratio_legacy":
             scores = _drop_lowest(scores, self.ratio)
         dropout = self.attention_dropout if self.training else 0.0
-        y = ops.dynamic_mask_attention(q, k, v, scores, self.window, hidden, dropout)
+        causal = seen is None and q.shape[2] in (1, k.shape[2]) and self.selection != "ratio_legacy"
+        if self.kind != "dense" and causal and not dropout and is_exact(x):
+            y = evaluation.dynamic_mask_attention(q, k, v, scores, self.window)
+        else:
+            y = ops.dynamic_mask_attention(q, k, v, scores, self.window, hidden, dropout)
         if self.keyless_mean and seen is not None and v.shape[2] == x.shape[1]:
             keyless = seen.cumsum(1)[:, None, :, None] == 0
             y = torch.where(keyless, v.mean(2, keepdim=True).repeat_interleave(self.heads // v.shape[1], 1), y)

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from thrifty import native, ops
 from thrifty.errors import ThriftyError
-from thrifty.nn.linear import Linear, Norm, make_linear
+from thrifty.nn.linear import ExactLinear, Linear, Norm, is_exact, make_linear
 from thrifty.nn.norm import RMSNorm
+from thrifty.ops import evaluation
 
 Router = Literal["product_key_heads", "linear"]
 ROUTERS = ("product_key_heads", "linear")
@@ -77,14 +78,15 @@ class CDMoE(nn.Module):
         _check_router(router, router_layout, n_experts_heads, retrieval)
         self.activation, self.router, self.router_layout = act_fn, router, router_layout
         self.heads, self.n_keys, self.per_head = n_experts_heads, n_keys, n_experts_per_head
-        self.norm_topk_prob, self.sparse_grad = norm_topk_prob, sparse_grad
+        self.norm_topk_prob, self.sparse_grad, self.kind = norm_topk_prob, sparse_grad, weight
         self.gate_proj = make_linear(weight, d_model, hidden, bias, norm)
         self.up_proj = make_linear(weight, d_model, hidden, bias, norm)
         self.down_proj = make_linear(weight, hidden, d_model, bias, norm)
+        router_linear = nn.Linear if weight == "dense" else ExactLinear
         if router == "linear":
-            self.router_gate = nn.Linear(d_model, 2 * n_keys, bias=False)
+            self.router_gate = router_linear(d_model, 2 * n_keys, bias=False)
         else:
-            self.queries = nn.Linear(d_model, n_experts_heads * retrieval, bias=False)
+            self.queries = router_linear(d_model, n_experts_heads * retrieval, bias=False)
             self.keys = product_keys(n_experts_heads, n_keys, retrieval // 2)
         self.down_embed, self.up_embed = expert_table(n_experts, d_model), expert_table(n_experts, d_model)
         counts = torch.zeros(n_experts, dtype=torch.int64) if track_usage else None
@@ -100,7 +102,8 @@ class CDMoE(nn.Module):
     def router_scores(self, x: Tensor) -> Tensor:
         """Scores [2, tokens, heads, sqrt n] of both halves of a key. x: [..., d_model]."""
         if self.router == "product_key_heads":
-            return product_key_scores(self.queries(x), self.keys)
+            score = evaluation.product_key_scores if self._exact(x) else product_key_scores
+            return score(self.queries(x), self.keys)
         logits = self.router_gate(x)
         if self.router_layout == "legacy":
             return logits.reshape(2, -1, 1, self.n_keys)
@@ -108,14 +111,20 @@ class CDMoE(nn.Module):
 
     def experts(self, x: Tensor, scores: Tensor) -> Tensor:
         """The routed part of y, [..., d_model], by scores from `router_scores`."""
+        tables = self.down_embed.weight, self.up_embed.weight
+        counted = self.expert_counts is not None
+        if self._exact(x) and self.per_head <= evaluation.MOST_CHOSEN and not counted:
+            return evaluation.routed_experts(x, scores, *tables, self.per_head, self.activation, self.norm_topk_prob)
         weights, indices = retrieve(scores, self.per_head)
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         if self.expert_counts is not None:
             self.expert_counts += torch.bincount(indices.flatten(), minlength=len(self.expert_counts))
-        tables = self.down_embed.weight, self.up_embed.weight
         rows = x.reshape(-1, x.shape[-1])
         return ops.product_key_experts(rows, indices, weights, *tables, self.activation, self.sparse_grad).view(x.shape)
+
+    def _exact(self, x: Tensor) -> bool:
+        return self.kind != "dense" and is_exact(x)
 
     def usage(self) -> ExpertUsage:
         """Use of the experts since the layer was made. Raises ThriftyError unless track_usage was set."""

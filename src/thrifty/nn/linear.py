@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from thrifty import ops
 from thrifty.errors import ThriftyError
+from thrifty.ops import evaluation
+from thrifty.ops.dispatch import is_evaluation
 
 #: Normalisations a BitLinear can apply to its input: none, RMSNorm (b1.58) or LayerNorm (v1), both without gain.
 Norm = Literal["rms", "layer"] | None
@@ -72,6 +74,22 @@ def make_linear(kind: Linear, in_features: int, out_features: int, bias: bool, n
     if kind == "dense":
         return nn.Linear(in_features, out_features, bias)
     return BitLinear(in_features, out_features, bias, weight=kind, norm=norm)
+
+
+class ExactLinear(nn.Linear):
+    """y = x W^T + b; evaluated without gradients in float32 on a CPU, the bits of the runtime, row by row.
+
+    For what a last bit can turn over: scores that keys tie by, and what is quantised next. It is slower than
+    `nn.Linear` where many rows come at once.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return evaluation.float_matmul(input, self.weight, self.bias) if is_exact(input) else super().forward(input)
+
+
+def is_exact(x: Tensor) -> bool:
+    """Whether x is evaluated with the bits of the runtime, where a layer owes them."""
+    return is_evaluation(x) and not torch.is_autocast_enabled(x.device.type)
 
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:

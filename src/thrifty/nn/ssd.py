@@ -7,8 +7,9 @@ from torch.nn import functional as F
 from thrifty import ops
 from thrifty.errors import ThriftyError
 from thrifty.nn.cache import recurrent_layer, unpadded
-from thrifty.nn.linear import Linear, Norm, make_linear
+from thrifty.nn.linear import ExactLinear, Linear, Norm, is_exact, make_linear
 from thrifty.nn.norm import RMSNorm
+from thrifty.ops import evaluation
 
 
 class SSD(nn.Module):
@@ -54,13 +55,13 @@ class SSD(nn.Module):
             raise ThriftyError(f"[SSD] chunk_len must be at least 1; got {chunk_len}")
         self.head_dim = d_model // n_heads if head_dim is None else head_dim
         self.state_dim = self.head_dim if d_state is None else d_state
-        self.heads, self.groups, self.chunk = n_heads, groups, chunk_len
+        self.heads, self.groups, self.chunk, self.kind = n_heads, groups, chunk_len, weight
         self.layer_idx = 0 if layer_idx is None else layer_idx
         inner = n_heads * self.head_dim
         self.x_proj = make_linear(weight, d_model, inner, bias, norm)
         self.b_proj = make_linear(weight, d_model, groups * self.state_dim, bias, norm)
         self.c_proj = make_linear(weight, d_model, groups * self.state_dim, bias, norm)
-        self.dt_proj = nn.Linear(d_model, n_heads, bias)
+        self.dt_proj = (nn.Linear if weight == "dense" else ExactLinear)(d_model, n_heads, bias)
         self.A_log = nn.Parameter(torch.empty(n_heads))
         self.D = nn.Parameter(torch.empty(n_heads)) if skip else None
         self.attn_sub_norm = RMSNorm(inner, eps) if sub_norm else None
@@ -86,16 +87,20 @@ class SSD(nn.Module):
         past_key_values: Any = None,
     ) -> Tensor:
         values = self.x_proj(x).unflatten(-1, (self.heads, self.head_dim))
-        B, C = (project(x).unflatten(-1, (self.groups, self.state_dim)) for project in (self.b_proj, self.c_proj))
+        B, C = (linear(x).unflatten(-1, (self.groups, self.state_dim)) for linear in (self.b_proj, self.c_proj))
         if rotary is not None:
             B, C = ops.apply_rope(B, *rotary), ops.apply_rope(C, *rotary)
-        dt = F.softplus(self.dt_proj(x).float())
+        dt = self.dt_proj(x).float()
         kept = unpadded(mask, x.shape[1])
         if kept is not None:
-            dt = dt.masked_fill(~kept[..., None], 0.0)
+            dt = dt.masked_fill(~kept[..., None], -torch.inf)
         layer = recurrent_layer(past_key_values, self.layer_idx)
         state = None if layer is None or layer.state is None else layer.state.to(x.device)
-        y, state = ops.ssd(values, dt, -self.A_log.float().exp(), B, C, self.D, state, self.chunk)
+        A = -self.A_log.double().exp().float()
+        if self.kind != "dense" and self.D is None and is_exact(x):
+            y, state = evaluation.ssd(values, dt, A, B, C, state)
+        else:
+            y, state = ops.ssd(values, F.softplus(dt), A, B, C, self.D, state, self.chunk)
         if layer is not None:
             layer.keep(state, x.shape[1])
         y = y.flatten(2)

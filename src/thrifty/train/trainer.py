@@ -126,7 +126,7 @@ def train(
     set_seed(preset.recipe.seed)
     model = new_model(preset, tokenizer)
     initialize(model, preset.recipe)
-    compiled = preset.recipe.compile and can_compile() and not model.config.is_stateful
+    compiled = preset.recipe.compile and can_compile()
     if compiled:
         model.compile_layers()
     started = time.perf_counter()
