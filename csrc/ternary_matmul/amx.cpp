@@ -185,25 +185,41 @@ class Tiles {
   /// y of a block of rows of x.
   template <int kTiles>
   void finish(size_t tile, size_t i, const Sums* sums) const {
-    if (kTiles == 2 && m_.out.epilogue == THRIFTY_GATE_UP) {
+    // A copy, so that the compiler sees that no store of y changes it.
+    const Output out = m_.out;
+    if (kTiles == 2 && out.epilogue == THRIFTY_GATE_UP) {
       return each_row<kTiles>(tile, i, sums, [&](size_t token, const __m512* values) {
-        emit_pair<Avx512>(m_.out, tile, token, values[0], values[kTiles - 1]);
+        emit_pair<Avx512>(out, tile, token, values[0], values[kTiles - 1]);
+      });
+    }
+    // What most products do, without a question at every row.
+    const bool plain = out.epilogue == THRIFTY_STORE || (out.epilogue == THRIFTY_ADD && !out.factors);
+    if (plain && !out.bias && (tile + kTiles) * kTileRows <= out.cols) {
+      float* y = out.y + tile * kTileRows;
+      const __mmask16 add = out.epilogue == THRIFTY_ADD ? 0xFFFF : 0;
+      return each_row<kTiles>(tile, i, sums, [&](size_t token, const __m512* values) {
+        for (size_t t = 0; t < kTiles; ++t) {
+          float* to = y + token * out.stride + t * kTileRows;
+          const __m512 before = _mm512_maskz_loadu_ps(add, to);
+          _mm512_storeu_ps(to, _mm512_mask_add_ps(values[t], add, before, values[t]));
+        }
       });
     }
     each_row<kTiles>(tile, i, sums, [&](size_t token, const __m512* values) {
-      for (size_t t = 0; t < kTiles; ++t) emit<Avx512>(m_.out, tile + t, token, values[t]);
+      for (size_t t = 0; t < kTiles; ++t) emit<Avx512>(out, tile + t, token, values[t]);
     });
   }
 
   template <int kTiles, class Emit>
   void each_row(size_t tile, size_t i, const Sums* sums, const Emit& emit_row) const {
+    const float* x_scales = m_.x_scales;
     __m512 scales[kTiles], values[kTiles];
     for (size_t t = 0; t < kTiles; ++t) scales[t] = scale_of<Avx512>(m_, tile + t);
     for (size_t part = 0; part < 2; ++part, i += kTokens, sums += 2) {
       const size_t first = start(token_ + i);
       for (size_t row = i; row < i + kTokens && row < count_; ++row) {
         const size_t token = token_ + row;
-        const __m512 x_scale = _mm512_set1_ps(m_.x_scales[token]);
+        const __m512 x_scale = _mm512_set1_ps(x_scales[token]);
         for (size_t t = 0; t < kTiles; ++t) {
           const __m512 products = Avx512::load(sums[t].values[token - first]);
           values[t] = _mm512_mul_ps(products, _mm512_mul_ps(x_scale, scales[t]));
