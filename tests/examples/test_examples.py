@@ -35,9 +35,31 @@ def test_mqar_learns_two_pairs_and_goes_on_where_it_stopped(tmp_path):
 
 
 def test_mqar_knows_the_mixers(tmp_path):
-    sizes = ("--tokens", 16, "--pairs", 4, "--vocab", 17, "--windows", 4, 8, "--look", 1, "--minutes", 0.01)
-    run("mqar", "--mixers", "dynamic_mask", "ssd", "mlgru", *sizes, "--test", 16, "--out", tmp_path)
-    assert set(rows(tmp_path / "mqar.md")) == {"dynamic_mask, w = 4", "dynamic_mask, w = 8", "ssd", "mlgru"}
+    run("mqar", "--short", "--out", tmp_path)
+    masks = {"dynamic_mask, w = 4", "dynamic_mask, w = 8", "dynamic_mask, w = 4, exact"}
+    assert set(rows(tmp_path / "mqar.md")) == {"attention", *masks, "ssd", "mlgru"}
+
+
+def test_mqar_soft_mask_hardens_into_the_exact_one_and_reaches_lost_keys():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import mqar, torch\n"
+        "torch.manual_seed(0)\n"
+        "soft = mqar.SoftMask(8, heads=1, window=3, bias=True)\n"
+        "torch.nn.init.ones_(soft.A)\n"
+        "x = torch.randn(2, 12, 8, requires_grad=True)\n"
+        "rotary = torch.ones(1, 12, 4), torch.zeros(1, 12, 4)\n"
+        "exact = soft.eval()(x, rotary)\n"
+        "assert (soft.train()(x, rotary) - exact).abs().max() > 0.01\n"
+        "soft.softness = 1e-6\n"
+        "assert (soft(x, rotary) - exact).abs().max() < 1e-5\n"
+        "lost = mqar.ops.kept_until(mqar.ops.key_scores(soft.v_proj(x)[:, None], soft.A, soft.dt_proj.weight, "
+        "soft.dt_proj.bias), 3)[:, 0] <= 11\n"
+        "for training in (False, True):\n"
+        "    soft.train(training).softness = 1.0\n"
+        "    grad, = torch.autograd.grad(soft(x, rotary)[:, 11].sum(), x)\n"
+        "    assert bool((grad[:, :11][lost[:, :11]] != 0).any()) == training\n"
+    )
+    subprocess.run([sys.executable, "-c", code, EXAMPLES], check=True)
 
 
 def test_mqar_texts_ask_for_what_they_told():
