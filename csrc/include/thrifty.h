@@ -192,9 +192,9 @@ typedef struct thrifty_batch {
   const thrifty_slot* caches; /* [n_caches] */
 } thrifty_batch;
 
-/* An op begins when the one before it is done. PRIVATE stands on a QUANTIZE or RMS_NORM and on the product after it,
- * which alone reads it: of one row, every thread that has a part in the product makes a copy of its own, in the
- * buffer's row `thread`, for less than it costs to wait for another's. */
+/* An op begins when the one before it is done, or as if it were. PRIVATE stands on a QUANTIZE or RMS_NORM and on the
+ * product after it, which alone reads it: of one row, every thread that has a part in the product makes a copy of its
+ * own, in the buffer's row `thread`, for less than it costs to wait for another's. */
 enum thrifty_op_flags {
   THRIFTY_PRIVATE = 1,
   THRIFTY_GATHER = 2,  /* input rows are outputs[i] */
@@ -213,7 +213,7 @@ enum thrifty_op_flags {
  *               [positions, head dim / 2]. Turns q where it is; k and v go to the caches.
  * ATTENTION     heads, kv heads, head dim, layer, cache dtype, q stride, y stride, scratch; scale; q, y, scratch:
  *               floats, at least (round_up(head dim, 16) + 16) * heads * chunks of 256 positions for each row that
- *               is to be split between threads.
+ *               is to be split between threads. y lies in no k or v that a ROPE_CACHE before it reads.
  * HEADS         heads, more heads, head dim, x stride, more at; eps; x, cos, sin or NULL, gain, more gain or NULL. In
  *               place, rms_norm and rotary positions, each where given, of `heads` heads from 0 and of `more` heads
  *               from `more at` on.

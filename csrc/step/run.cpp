@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -5,10 +6,11 @@
 
 #include "../formats.hpp"
 #include "../pool.hpp"
-#include "../softplus.hpp"
 #include "../vector/scalars.hpp"
 #include "cache.hpp"
 #include "experts.hpp"
+#include "key_score.hpp"
+#include "records.hpp"
 #include "valid.hpp"
 
 namespace thrifty {
@@ -21,6 +23,9 @@ constexpr size_t kMostParts = 64;
 /// Parts of an op that a thread is dealt. It takes them in order, one linear stream, and when it is done it takes from
 /// the end of what others have left: a thread that lost its core delays nothing but the part it holds.
 constexpr size_t kPartsPerThread = 8;
+/// The same of a product with so few rows of x that it waits for its weights: each part begins with cold streams.
+constexpr size_t kFewRows = 8;
+constexpr size_t kStreamsPerThread = 4;
 /// Bytes of weights, or of as much work, below which another part does not pay.
 constexpr size_t kGrain = 32 << 10;
 /// Turns of waiting after which the thread waited for has lost its core.
@@ -54,7 +59,10 @@ class Work {
   Work(const Step& step, size_t op)
       : step_(step), op_(step.ops[op]), batch_(*step.batch), kernels_(*step.kernels), threads_(step.threads) {
     rows_ = size_t(flag(THRIFTY_OUTPUTS) ? batch_.n_outputs : batch_.n);
-    if (op_.code == THRIFTY_OP_ATTENTION && rows_ > 0) prepare_attention();
+    if (op_.code == THRIFTY_OP_ATTENTION && rows_ > 0) prepare_attention(op > 0 ? &step.ops[op - 1] : nullptr);
+    if (op_.code == THRIFTY_OP_ROPE_CACHE && op + 1 < step.n_ops && step.ops[op + 1].code == THRIFTY_OP_ATTENTION) {
+      left_to_next_ = Work(step, op + 1).rope_ != nullptr;
+    }
     if (op_.code == THRIFTY_OP_DYNAMIC_MASK) {
       for (size_t row = 0; row < rows_; row = sequence_end(row)) ++items_;
     }
@@ -65,8 +73,9 @@ class Work {
   bool is_product() const { return op_.code == THRIFTY_OP_MATMUL || op_.code == THRIFTY_OP_FLOAT_MATMUL; }
 
   size_t parts(int phase) const {
-    if (rows_ == 0 || (phase == 1 && !split_) || (is_private() && !is_product())) return 0;
-    const size_t most = threads_ > 1 ? threads_ * kPartsPerThread : 1;
+    if (rows_ == 0 || (phase == 1 && !split_) || (is_private() && !is_product()) || left_to_next_) return 0;
+    const size_t each = is_product() && rows_ <= kFewRows ? kStreamsPerThread : kPartsPerThread;
+    const size_t most = threads_ > 1 ? threads_ * each : 1;
     size_t parts = units(phase);
     if (parts > most) parts = most;
     if (parts > kMostParts) parts = kMostParts;
@@ -84,12 +93,12 @@ class Work {
       case THRIFTY_OP_RMS_NORM: return normalise(range, own);
       case THRIFTY_OP_MATMUL: return matmul(range, own);
       case THRIFTY_OP_FLOAT_MATMUL: return float_matmul(range, own);
-      case THRIFTY_OP_ROPE_CACHE: return rope_cache(range);
+      case THRIFTY_OP_ROPE_CACHE: return kernels_.rope_cache(rope_cache_of(op_, batch_), range.first, range.end);
       case THRIFTY_OP_HEADS: return turn_heads(range);
       case THRIFTY_OP_KEY_SCORES: return key_scores(range);
       case THRIFTY_OP_DYNAMIC_MASK: return dynamic_mask(range);
-      case THRIFTY_OP_MLGRU: return kernels_.mlgru(mlgru(), range.first, range.end);
-      case THRIFTY_OP_SSD: return kernels_.ssd(ssd(), range.first, range.end);
+      case THRIFTY_OP_MLGRU: return kernels_.mlgru(mlgru_of(op_, batch_, rows_), range.first, range.end);
+      case THRIFTY_OP_SSD: return kernels_.ssd(ssd_of(op_, batch_, rows_), range.first, range.end);
       case THRIFTY_OP_EXPERTS: return experts(range);
       default: return phase == 1 ? merge(range) : split_ ? split_attention(range) : whole_attention(range);
     }
@@ -198,13 +207,6 @@ class Work {
     kernels_.float_matmul(m, units.first * tiles_per_unit(), units.end * tiles_per_unit());
   }
 
-  Heads heads() const { return {n(0), n(1), n(2), n(3), int(op_.n[4])}; }
-
-  void rope_cache(Range items) const {
-    const RopeCache r{heads(), &batch_, p<float>(0), n(5), n(6), n(7), p<const float>(1), p<const float>(2)};
-    kernels_.rope_cache(r, items.first, items.end);
-  }
-
   void turn_heads(Range rows) const {
     const size_t d = n(2);
     const auto each = [&](float* x, size_t count, const float* gain, size_t position) {
@@ -220,23 +222,14 @@ class Work {
     }
   }
 
-  // In eight partial sums, so that compilers keep them in registers side by side.
   void key_scores(Range rows) const {
-    constexpr size_t lanes = 8;
     const size_t width = n(0), heads = n(1);
     for (size_t row = rows.first; row < rows.end; ++row) {
-      const float* x = p<const float>(0) + row * n(2);
       for (size_t head = 0; head < heads; ++head) {
-        const float* w = p<const float>(2) + head * width;
-        double sums[lanes] = {};
-        size_t i = 0;
-        for (; i + lanes <= width; i += lanes) {
-          for (size_t j = 0; j < lanes; ++j) sums[j] += double(x[i + j]) * double(w[i + j]);
-        }
-        for (; i < width; ++i) sums[0] += double(x[i]) * double(w[i]);
-        double dt = p<const float>(3) ? double(p<const float>(3)[head]) : 0;
-        for (double sum : sums) dt += sum;
-        p<float>(4)[row * heads + head] = float(std::exp(double(p<const float>(1)[head]) * softplus(dt)));
+        const double bias = p<const float>(3) ? double(p<const float>(3)[head]) : 0,
+                     A = double(p<const float>(1)[head]);
+        p<float>(4)[row * heads + head] =
+            key_score(p<const float>(0) + row * n(2), p<const float>(2) + head * width, width, bias, A);
       }
     }
   }
@@ -268,30 +261,6 @@ class Work {
     }
   }
 
-  Mlgru mlgru() const {
-    return {&batch_,           rows_,      n(0), n(1), n(2), n(3), p<const float>(0), p<const float>(1),
-            p<const float>(2), p<float>(3)};
-  }
-
-  Ssd ssd() const {
-    return {&batch_,
-            rows_,
-            n(0),
-            n(1),
-            n(2),
-            n(3),
-            n(4),
-            n(5),
-            n(6),
-            n(7),
-            p<const float>(0),
-            p<const float>(1),
-            p<const float>(2),
-            p<const float>(3),
-            p<const float>(4),
-            p<float>(5)};
-  }
-
   void experts(Range rows) const {
     const RoutedExperts e{n(0),
                           n(1),
@@ -312,7 +281,7 @@ class Work {
   size_t chunks(size_t row) const { return (size_t(batch_.positions[row]) + kChunk) / kChunk; }
 
   Attention attention() const {
-    return {heads(), &batch_, p<const float>(0), n(5), p<float>(1), n(6), op_.f[0], p<float>(2), chunks_};
+    return {heads_of(op_), &batch_, p<const float>(0), n(5), p<float>(1), n(6), op_.f[0], p<float>(2), chunks_};
   }
 
   /// Rows of one sequence from `row` on that are held against its cache together.
@@ -328,7 +297,7 @@ class Work {
 
   /// Chooses between whole rows and their chunks; the bits are the same. With many heads and rows, whole ones share the
   /// work well enough, and need no merge.
-  void prepare_attention() {
+  void prepare_attention(const thrifty_op* before) {
     size_t all_chunks = 0, blocks = 0;
     for (size_t row = 0; row < rows_; ++row) {
       all_chunks += chunks(row);
@@ -343,7 +312,16 @@ class Work {
     }
     for (size_t row = 0; row < rows_; row += block_rows(row)) ++blocks;
     items_ = blocks * n(1);
+    if (before && turns_same(*before) && one_row_each()) rope_ = before;
   }
+
+  /// Whether an op turns the queries of this attention, and writes to its cache.
+  bool turns_same(const thrifty_op& op) const {
+    return op.code == THRIFTY_OP_ROPE_CACHE && op.flags == op_.flags && op.p[0] == op_.p[0] &&
+           std::equal(op.n, op.n + 6, op_.n);
+  }
+
+  bool one_row_each() const { return std::adjacent_find(batch_.slots, batch_.slots + rows_) == batch_.slots + rows_; }
 
   // Head by head, so that a thread's blocks of rows meet the same keys.
   void whole_attention(Range items) const {
@@ -353,7 +331,10 @@ class Work {
       rows = block_rows(row);
       for (size_t head = 0; head < n(1); ++head) {
         const size_t item = head * blocks + block;
-        if (item >= items.first && item < items.end) kernels_.attend(a, row, rows, head);
+        if (item < items.first || item >= items.end) continue;
+        const size_t pair = row * n(1) + head;
+        if (rope_) kernels_.rope_cache(rope_cache_of(*rope_, batch_), pair, pair + 1);
+        kernels_.attend(a, row, rows, head);
       }
     }
   }
@@ -383,6 +364,10 @@ class Work {
   size_t threads_, rows_;
   bool split_ = false;
   size_t chunks_ = 0, items_ = 0;
+  /// Of an attention that goes by heads, over one row of each sequence: the op that turns them, done head by head with
+  /// it. Nothing else reads what a head of one row has written.
+  const thrifty_op* rope_ = nullptr;
+  bool left_to_next_ = false;
 };
 
 /// One thread's way through the phases of a step.
@@ -427,9 +412,9 @@ class Runner {
     Phase& shared = step_.phases[2 * op + size_t(phase)];
     const size_t first = parts * thread_ / step_.threads, end = parts * (thread_ + 1) / step_.threads;
     const uint64_t all = parts == kMostParts ? ~uint64_t{0} : (uint64_t{1} << parts) - 1;
-    for (size_t next = first;;) {
-      const uint64_t left = all & ~shared.claimed.load(std::memory_order_relaxed);
-      if (left == 0) return;
+    uint32_t done = 0;
+    uint64_t left = all;
+    for (size_t next = first; left != 0;) {
       size_t part;
       if (next < end) {
         part = next++;
@@ -438,10 +423,14 @@ class Runner {
         while (!(left >> part & 1)) --part;
       }
       const uint64_t bit = uint64_t{1} << part;
-      if (shared.claimed.fetch_or(bit, std::memory_order_relaxed) & bit) continue;
+      const uint64_t claimed = shared.claimed.fetch_or(bit, std::memory_order_relaxed);
+      left = all & ~(claimed | bit);
+      if (claimed & bit) continue;
       take(work, op, phase, part, parts);
-      shared.done.fetch_add(1, std::memory_order_release);
+      ++done;
     }
+    // Once, since nobody goes on before no part is left.
+    if (done > 0) shared.done.fetch_add(done, std::memory_order_release);
   }
 
   static void wait(const Phase& phase, size_t parts) {

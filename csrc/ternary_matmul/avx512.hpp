@@ -118,8 +118,12 @@ struct Vnni {
     const uint8_t* packed = m.packed + tile * tile_bytes;
     const int8_t* x = m.x + token * m.x_stride;
     const size_t ahead[2] = {kPrefetch, kPrefetch - stagger(step_bytes)};
-    THRIFTY_UNROLL
-    for (size_t block = 0; block < m.blocks; ++block, packed += kBlockBytes, x += kBlockCols) {
+    // What ends a tile is read and written once: fetched while its weights pass, it keeps nobody waiting.
+    for (int t = 0; t < kTileCount && kRows == 1; ++t) {
+      prefetch(m.w_scale + (m.scale_per_row ? (tile + size_t(t) * step) * kTileRows : 0));
+      prefetch_write(place_of(m.out, tile + size_t(t) * step, token));
+    }
+    const auto take_block = [&] {
       __m512i digits[kTileCount][kDigits];
       for (int t = 0; t < kTileCount; ++t) {
         prefetch(packed + size_t(t) * step_bytes + ahead[t]);
@@ -134,6 +138,15 @@ struct Vnni {
           }
         }
       }
+      packed += kBlockBytes;
+      x += kBlockCols;
+    };
+    // With one row memory sets the pace, which requests that come in bursts do not keep.
+    if constexpr (kRows == 1) {
+      for (size_t block = 0; block < m.blocks; ++block) take_block();
+    } else {
+      THRIFTY_UNROLL
+      for (size_t block = 0; block < m.blocks; ++block) take_block();
     }
     for (int t = 0; t < kTileCount; ++t) {
       for (int row = 0; row < kRows; ++row) {
