@@ -190,6 +190,10 @@ def test_a_config_that_does_not_match_its_tensors(folder, fields):
         ({"model_type": "doge", "is_moe": True, "num_experts": 50}, "num_experts"),
         ({"model_type": "doge", "is_moe": True, "num_experts": 49}, "num_experts_per_tok"),
         ({"model_type": "doge", "is_moe": True, "num_experts": 4096, "router_layout": "legacy"}, "router_layout"),
+        (
+            {"model_type": "cheems", "token_mixers": ["dynamic_mask"], "dynamic_mask_selection": "ratio_legacy"},
+            "dynamic_mask_selection",
+        ),
         ({"model_type": "thrifty", "linear": "fp4"}, "linear"),
         ({"model_type": "thrifty", "norm_placement": "post"}, "norm_placement"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quant_method"),

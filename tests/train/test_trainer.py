@@ -56,6 +56,7 @@ def test_a_run_leaves_model_tokenizer_curve_logs_and_record(run):
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "loss.png"} <= names
     assert list((output / "logs").iterdir())
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((output / "config.json").read_text())["use_cache"]
     record = json.loads((output / "training.json").read_text())
     assert record == json.loads(json.dumps(result.record))
     assert record["finished"]

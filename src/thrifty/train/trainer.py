@@ -261,6 +261,8 @@ def _arguments(recipe: Recipe, output: Path, evaluate: bool) -> TrainingArgument
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
+        # What is written here goes to config.json, and a model without its cache generates at a crawl.
+        use_cache=True,
     )
 
 
