@@ -32,7 +32,7 @@ def main() -> int:
     print(machine_line())
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or measure.write_random(Path(folder) / "m", measure.SIZES[args.size])
-        runtime = load(model, head_bits=8, cache_bits=16)
+        runtime = load(model, head_bits=8, cache_bits=8)
     texts: dict[str, dict[str, Any]] = {
         "repeats itself": {"prompt": [100, 101], "temperature": 0, "repetition_penalty": 1e-3},
         "does not": {"prompt": list(range(100, 116)), "temperature": 0, "repetition_penalty": 1e-3},

@@ -42,7 +42,7 @@ ROOM = PROMPT + SHORT
 #: What all runtimes are asked for.
 MEASURES = ("decode", "prefill")
 #: Options of `thrifty generate`, by default.
-OPTIONS = {"head_bits": 8, "cache_bits": 16}
+OPTIONS = {"head_bits": 8, "cache_bits": 8}
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,12 @@ def test_json_is_for_machines(folder, tmp_path, monkeypatch, capsys):
     assert main(["bench", str(folder), *options, "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     record = results["threads"][0]
-    runtime = load(folder, weight_format="i2", cache_bits=16, max_context=32)
+    runtime = load(folder, weight_format="i2", cache_bits=8, max_context=32)
     assert record["weight_bytes"] == runtime.bytes_per_token
     assert record["operations_per_token"] == 2 * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 64 * 32)
     decode, prefill = record["decode"][0], record["prefill"][0]
-    # 16 steps end at 32 positions: 24.5 of them are read on average, of keys and values of 16 floats of two bytes.
-    assert decode["bytes_per_token"]["median"] == runtime.bytes_per_token + 24.5 * 2 * 16 * 2
+    # 16 steps end at 32 positions: 24.5 of them are read on average, of keys and values of 16 bytes and a scale.
+    assert decode["bytes_per_token"]["median"] == runtime.bytes_per_token + 24.5 * 2 * (16 + 4)
     assert decode["tokens_per_second"]["low"] <= decode["tokens_per_second"]["median"]
     assert prefill["operations_per_second"]["median"] == pytest.approx(
         prefill["tokens_per_second"]["median"] * record["operations_per_token"]

@@ -20,7 +20,7 @@ def chat(monkeypatch, capsys, arguments: list[str], lines: str) -> tuple[str, st
 
 
 def test_answers_are_the_conversations(path, monkeypatch, capsys):
-    conversation = Conversation(load(path, head_bits=8, cache_bits=16), "S", max_new_tokens=9)
+    conversation = Conversation(load(path, head_bits=8, cache_bits=8), "S", max_new_tokens=9)
     expected = ["".join(conversation.ask(text)) for text in ("hi", "again")]
     out, err = chat(monkeypatch, capsys, [str(path), "--system", "S", "-n", "9"], "hi\nagain\n")
     assert all(answer in out for answer in expected)
@@ -47,7 +47,7 @@ def test_a_prompt_cache_is_made_and_used(path, monkeypatch, capsys, tmp_path):
 
 
 def test_commands(path, monkeypatch, capsys):
-    conversation = Conversation(load(path, head_bits=8, cache_bits=16), max_new_tokens=9)
+    conversation = Conversation(load(path, head_bits=8, cache_bits=8), max_new_tokens=9)
     answer = "".join(conversation.ask("hi"))
     out, err = chat(monkeypatch, capsys, [str(path), "-n", "9"], "hi\n/reset\nhi\n\n/what\n/quit\nnever read\n")
     assert out.count(answer) == 2

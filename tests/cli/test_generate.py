@@ -17,7 +17,7 @@ def path(tmp_path_factory):
 def test_prints_what_the_runtime_makes(path, capsys):
     assert main(["generate", str(path), "hello", "-n", "12"]) == 0
     printed = capsys.readouterr()
-    assert printed.out == load(path, head_bits=8, cache_bits=16).generate("hello", max_new_tokens=12) + "\n"
+    assert printed.out == load(path, head_bits=8, cache_bits=8).generate("hello", max_new_tokens=12) + "\n"
     assert "tokens/s" in printed.err
 
 
@@ -26,7 +26,7 @@ def test_options_reach_the_runtime(path, capsys):
     command = ["generate", str(path), "ab", "--max-new-tokens", "20", "--echo", "--threads", "1", "--context", "64"]
     assert main([*command, *options, "--weight-format", "base3"]) == 0
     sampled = {"temperature": 1.5, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 4}
-    text = load(path, head_bits=8, cache_bits=16).generate("ab", max_new_tokens=20, **sampled)
+    text = load(path, head_bits=8, cache_bits=8).generate("ab", max_new_tokens=20, **sampled)
     assert capsys.readouterr().out == f"ab{text}\n"
     assert main([*command, *options, "--stop", text[3:5]]) == 0
     assert capsys.readouterr().out == f"ab{text[: text.index(text[3:5])]}\n"
@@ -35,7 +35,7 @@ def test_options_reach_the_runtime(path, capsys):
 def test_prompt_from_standard_input(path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
     assert main(["generate", str(path), "-", "-n", "5"]) == 0
-    assert capsys.readouterr().out == load(path, head_bits=8, cache_bits=16).generate("hello", max_new_tokens=5) + "\n"
+    assert capsys.readouterr().out == load(path, head_bits=8, cache_bits=8).generate("hello", max_new_tokens=5) + "\n"
 
 
 def test_drafts_change_the_report_alone(path, capsys):
@@ -79,8 +79,8 @@ def test_a_prompt_cache_is_made_and_used(path, capsys, tmp_path):
     for _ in range(2):
         assert main([*command, "--prompt-cache", str(file)]) == 0
         assert capsys.readouterr().out == expected
-    assert main([*command, "--prompt-cache", str(file), "--cache-bits", "8"]) == 2
-    assert "it has 16 bits and the runtime 8" in capsys.readouterr().err
+    assert main([*command, "--prompt-cache", str(file), "--cache-bits", "16"]) == 2
+    assert "it has 8 bits and the runtime 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
