@@ -10,6 +10,7 @@ import pytest
 from tiny_checkpoints import write_checkpoint
 
 from thrifty.cli import main
+from thrifty.cli.pack import pack_folder
 from thrifty.runtime import load
 
 torch = pytest.importorskip("torch", exc_type=ImportError)
@@ -141,3 +142,36 @@ def test_what_cannot_be_packed(tmp_path, capsys):
     ]:
         assert main(["pack", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "linear", "kind"),
+    [
+        ("Cheems", "dense", "cheems"),
+        ("Cheems", "ternary", "cheems"),
+        ("MatMulFree", "ternary", "matmulfree"),
+        ("Doge", "dense", "doge"),
+        ("Doge", "ternary", "thrifty"),
+    ],
+)
+def test_a_packed_family_keeps_its_name(tmp_path, family, linear, kind):
+    from transformers import AutoModelForCausalLM
+
+    from thrifty import models
+
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 8}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 64, "linear": linear}
+    model = getattr(models, f"{family}ForCausalLM")(getattr(models, f"{family}Config")(**sizes)).eval()
+    models.round_dense_parameters(model)
+    model.save_pretrained(tmp_path / "trained")
+    pack_folder(tmp_path / "trained", tmp_path / "packed")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    names = {"cheems": "Cheems", "matmulfree": "MatMulFree", "doge": "Doge", "thrifty": "Thrifty"}
+    assert (config["model_type"], config["architectures"]) == (kind, [f"{names[kind]}ForCausalLM"])
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+        for load_model in (models.ThriftyForCausalLM, AutoModelForCausalLM):
+            loaded: Any = load_model.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+            torch.testing.assert_close(loaded.eval()(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(load(tmp_path / "packed").logits(tokens[0].tolist()) - expected[0].numpy()).max() < 1e-4

@@ -47,6 +47,7 @@ def pack_folder(model: Path, output: Path, dtype: str = "bfloat16", overwrite: b
     if dtype not in DTYPES:
         raise ThriftyError(f"[pack] dtype must be one of {', '.join(DTYPES)}; got '{dtype}'")
     from thrifty.checkpoint import atomic_folder, open_folder
+    from thrifty.checkpoint.config import read_json
 
     # Refuses what is no such model before torch is imported.
     open_folder(model)
@@ -54,11 +55,14 @@ def pack_folder(model: Path, output: Path, dtype: str = "bfloat16", overwrite: b
         raise ThriftyError(f"[pack] the packed copy needs a folder of its own; got {output}; choose another name")
     import torch
 
-    from thrifty.models import ThriftyForCausalLM, save_packed
+    from thrifty import models
 
+    # The other names stand for what plain transformers computes the same from, which shows by itself.
+    families = {"cheems": models.CheemsForCausalLM, "matmulfree": models.MatMulFreeForCausalLM}
+    family = families.get(read_json(model / "config.json")["model_type"], models.ThriftyForCausalLM)
     with atomic_folder(output, overwrite) as folder, _without_bars():
-        loaded = ThriftyForCausalLM.from_pretrained(model, dtype=torch.float32)
-        save_packed(loaded, folder, getattr(torch, dtype))
+        loaded = family.from_pretrained(model, dtype=torch.float32)
+        models.save_packed(loaded, folder, getattr(torch, dtype))
         _copy_text_files(model, folder)
 
 
