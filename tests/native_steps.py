@@ -344,6 +344,7 @@ def refused_cases() -> Iterator[Case]:
         (OpCode.ROPE_CACHE, (2, 1, 8, 0, DTYPE_IDS["BF16"], 32, 16, 24), (a, a, a)),
         (OpCode.ROPE_CACHE, (2, 1, 8, 0, 4, 32, 16, 24), (a, a, a)),
         (OpCode.ROPE_CACHE, attention, (a, a)),
+        (OpCode.ATTENTION, (0, 1, *attention[2:]), (a, a, a)),
         (OpCode.ATTENTION, (3, 2, *attention[2:]), (a, a, a)),
         (OpCode.ATTENTION, (2, 1, 8, 0, DTYPE_IDS["BF16"], 16, 16, 0), (a, a, a)),
         (OpCode.ATTENTION, (2, 1, 0, *attention[3:]), (a, a, a)),

@@ -14,8 +14,8 @@ bool valid_cache(int64_t dtype, int64_t head_dim) {
 }
 
 bool valid_heads(const thrifty_op& op) {
-  return op.n[1] > 0 && op.n[0] % op.n[1] == 0 && op.n[2] > 0 && valid_cache(op.n[4], op.n[2]) && op.p[0] && op.p[1] &&
-         op.p[2];
+  return op.n[0] > 0 && op.n[1] > 0 && op.n[0] % op.n[1] == 0 && op.n[2] > 0 && valid_cache(op.n[4], op.n[2]) &&
+         op.p[0] && op.p[1] && op.p[2];
 }
 
 bool all_given(const thrifty_op& op, int count) {
@@ -43,7 +43,16 @@ bool keeps_states(const thrifty_op& op) {
   return op.code == THRIFTY_OP_DYNAMIC_MASK || op.code == THRIFTY_OP_MLGRU || op.code == THRIFTY_OP_SSD;
 }
 
+/// Only these ops may go on with fewer rows, and only norms choose them.
+bool valid_flags(const thrifty_op& op) {
+  const bool norm = op.code == THRIFTY_OP_QUANTIZE || op.code == THRIFTY_OP_RMS_NORM;
+  const bool product = op.code == THRIFTY_OP_MATMUL || op.code == THRIFTY_OP_FLOAT_MATMUL;
+  if ((op.flags & THRIFTY_GATHER) && !(norm && (op.flags & THRIFTY_OUTPUTS))) return false;
+  return !(op.flags & THRIFTY_OUTPUTS) || norm || product;
+}
+
 bool valid_op(const thrifty_op& op) {
+  if (!valid_flags(op)) return false;
   for (int64_t n : op.n) {
     if (n < 0) return false;
   }

@@ -24,7 +24,10 @@ from thrifty.models import BitNetConfig, CheemsConfig, DogeConfig, MatMulFreeCon
         ({"token_mixers": []}, "got an empty pattern"),
         ({"token_mixers": ["attention"] * 3}, "must repeat to 8 layers; got 3 entries"),
         ({"token_mixers": ["ssd", "mlgru", "ssd"]}, "token_mixers must repeat to 8 layers; got 3 entries; make it as"),
-        ({"token_mixers": "dynamic_mask", "keep_window_size": 0}, "keep_window_size must be at least 1; got 0; .*none"),
+        (
+            {"token_mixers": "dynamic_mask", "keep_window_size": 0},
+            "keep_window_size must be an integer of at least 1; got 0; .*none",
+        ),
         (
             {"token_mixers": "dynamic_mask", "sliding_window": 64},
             "sliding_window must be None, as keys .*; got 64; set",

@@ -301,3 +301,16 @@ def test_the_seeds_threshold_sees_the_future_and_says_so():
         ).eval()
     assert any("future" in str(warning.message) for warning in caught)
     assert logits(model, distinct_tokens()).isfinite().all()
+
+
+def test_padded_generation_with_router_logits_counts_the_new_tokens():
+    torch.manual_seed(0)
+    model: Any = DogeForCausalLM(
+        DogeConfig(**SMALL, feed_forward="cdmoe", num_experts=16, num_experts_per_tok=4, output_router_logits=True)
+    ).eval()
+    tokens = torch.arange(1, 13).view(2, 6)
+    mask = torch.ones_like(tokens)
+    mask[0, :2] = 0
+    options: dict = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(tokens, attention_mask=mask, output_router_logits=False, **options)
+    assert torch.equal(model.generate(tokens, attention_mask=mask, **options), expected)

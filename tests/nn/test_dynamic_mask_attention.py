@@ -267,8 +267,11 @@ def test_the_seeds_module_has_options():
             {"selection": "best"},
             "dynamic_mask_selection must be one of none, keep_window, ratio, ratio_legacy; got 'best'",
         ),
-        ({"window": 0}, "keep_window_size must be at least 1; got 0; dynamic_mask_selection='none' keeps every key"),
-        ({}, "keep_window_size must be at least 1; got None"),
+        (
+            {"window": 0},
+            "keep_window_size must be an integer of at least 1; got 0; dynamic_mask_selection='none' keeps every key",
+        ),
+        ({}, "keep_window_size must be an integer of at least 1; got None"),
         (
             {"selection": "ratio", "ratio": 0.01, "max_positions": 50},
             "dynamic_mask_ratio must be in .0, 1.*got 0.01 of 50",

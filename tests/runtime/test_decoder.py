@@ -1,10 +1,13 @@
 """The runtime's logits against the model written out with the definitions of `thrifty.spec`."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tiny_checkpoints import TinyCheckpoint, write_checkpoint
 
-from thrifty import spec
+from thrifty import native, spec
+from thrifty.errors import ThriftyError
 from thrifty.runtime import decoder as decoder_module
 from thrifty.runtime import load
 
@@ -123,3 +126,19 @@ def test_the_future_changes_nothing(tmp_path):
     changed = [*tokens[:30], 7, *tokens[31:]]
     np.testing.assert_array_equal(runtime.logits(changed)[:30], runtime.logits(tokens)[:30])
     assert (runtime.logits(changed)[30:] != runtime.logits(tokens)[30:]).any()
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the native library")
+def test_tokens_that_do_not_fit_or_were_not_computed_are_not_kept(tmp_path, monkeypatch):
+    decoder: Any = load(write_checkpoint(tmp_path).path, max_context=40)._decoder
+    cache = decoder.new_cache(40)
+    with pytest.raises(ThriftyError, match=r"tokens must fit the 40 positions of the cache; got 41; make a larger one"):
+        decoder.advance([1] * 41, cache)
+    with pytest.raises(ThriftyError, match="a step takes at most 32 sequences; got 33"):
+        decoder.advance_batch([1] * 33, [decoder.new_cache(8) for _ in range(33)])
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder._program, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            decoder.advance([1, 2, 3], cache)
+    assert len(cache) == 0
+    np.testing.assert_array_equal(decoder.advance([1, 2, 3], cache), decoder.advance([1, 2, 3], decoder.new_cache(40)))

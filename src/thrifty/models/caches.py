@@ -72,5 +72,5 @@ class Generation:
 def _refusal(config: ThriftyConfig, what: str) -> ThriftyError:
     mixers = ", ".join(sorted(config.mixers - {"attention"}))
     return ThriftyError(
-        f"[generate] {what} need a cache that gives tokens back, and {mixers} keep a bounded state; generate without"
+        f"[generate] {what} cannot be had: the caches of {mixers} do not give tokens back; generate without"
     )

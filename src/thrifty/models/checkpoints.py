@@ -171,6 +171,11 @@ def _check(info: dict, path: str | os.PathLike, ignore_mismatched: bool, new: tu
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ThriftyError(f"{rule}; {missing[0]} is missing{more}{_way_out([*missing, *(m[0] for m in mismatched)])}")
+    unexpected = [key for key in sorted(info["unexpected_keys"]) if _of_a_generation([key])]
+    if unexpected:
+        raise ThriftyError(
+            f"{rule}; {unexpected[0]} has no place in the model; leave out the options that differ from its config"
+        )
     if mismatched and not ignore_mismatched:
         name, found, expected = mismatched[0]
         raise ThriftyError(
@@ -179,8 +184,17 @@ def _check(info: dict, path: str | os.PathLike, ignore_mismatched: bool, new: tu
 
 
 def _way_out(names: Iterable[str]) -> str:
-    options = {option: None for name in names for part, option in GENERATIONS.items() if f".{part}" in f".{name}"}
+    names = list(names)
+    # A layer that lacks all its tensors is of another kind.
+    whole = any(name.endswith(("q_proj.weight", "down_embed.weight")) for name in names)
+    options = [] if whole else _of_a_generation(names)
     return f"; for a checkpoint of another generation give {', '.join(options)}" if options else ""
+
+
+def _of_a_generation(names: Iterable[str]) -> list[str]:
+    """The options without which these tensors are found or missed."""
+    found = {option: None for name in names for part, option in GENERATIONS.items() if f".{part}" in f".{name}"}
+    return list(found)
 
 
 def _settle_seed_names(model: Any) -> None:

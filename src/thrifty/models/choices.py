@@ -71,7 +71,7 @@ def check_config(config: "ThriftyConfig") -> None:
         )
     elif config.sliding_window is not None:
         raise ThriftyError(
-            f"[{name}] sliding_window must be None, as attention sees every key; got {config.sliding_window}"
+            f"[{name}] sliding_window must be None, as no mixer has one; got {config.sliding_window}; set it to None"
         )
     if config.feed_forward == "cdmoe":
         _check_experts(config, name)

@@ -17,9 +17,9 @@ class ThriftyConfig(PreTrainedConfig):
     token_mixers: a pattern over layers, repeated to `num_hidden_layers`; each entry "attention", "dynamic_mask",
     "mlgru" or "ssd". feed_forward: "glu", "mlp" or "cdmoe" (a shared GLU beside routed experts), with `hidden_act`.
     linear: "ternary", "binary" or "dense" projections; embedding, head, routers and `dt_proj` are always dense.
-    norm_placement: "sub_ln" (BitNet: also before `o_proj` and `down_proj`) or "pre". residual: "plain" or "scaled"
-    (Doge: a learned factor per channel on the path around a block). rope_theta and rope_parameters are both read; only
-    the default kind of rope is known.
+    norm_placement: "sub_ln" (BitNet: also before `o_proj`, and `down_proj` but in cdmoe) or "pre". residual: "plain" or
+    "scaled" (Doge: a learned factor per channel on the path around a block). rope_theta and rope_parameters are both
+    read; only the default kind of rope is known.
 
     Dynamic mask: dynamic_mask_selection "keep_window" keeps the `keep_window_size` best keys, "ratio" keeps
     int(dynamic_mask_ratio * max_position_embeddings), "none" keeps all; "ratio_legacy" is the seed's threshold over all

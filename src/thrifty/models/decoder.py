@@ -158,8 +158,7 @@ class ThriftyModel(ThriftyPreTrainedModel):
         masks = self._masks(x, attention_mask, position_ids, past_key_values)
         rotary = None
         if self.rotary_emb is not None:
-            if position_ids is None:
-                position_ids = self._positions(x, attention_mask, past_key_values)
+            position_ids = self._positions(x, attention_mask, position_ids, past_key_values)
             rotary = self.rotary_emb(position_ids)
         states, router_logits = [x], []
         routed = self.config.feed_forward == "cdmoe" and self._option("output_router_logits", output_router_logits)
@@ -207,14 +206,21 @@ class ThriftyModel(ThriftyPreTrainedModel):
             masks |= dict.fromkeys(mixers - {"attention"}, kept)
         return masks
 
-    def _positions(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
+    def _positions(
+        self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: Cache | None
+    ) -> Tensor:
+        """position_ids where they are given, else what the mask counts."""
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         total = seen + x.shape[1]
-        if total > self.config.max_position_embeddings:
+        most = self.config.max_position_embeddings
+        # Padding takes no position, so a longer row may fit.
+        if total > most and (position_ids is None or int(position_ids.max()) >= most):
             raise ThriftyError(
-                f"[model] the text must fit max_position_embeddings = {self.config.max_position_embeddings}; "
+                f"[model] the text must fit max_position_embeddings = {most}; "
                 f"got {total} tokens; shorten it or use a model made for longer ones"
             )
+        if position_ids is not None:
+            return position_ids
         if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] == total:
             return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -x.shape[1] :]
         return torch.arange(total - x.shape[1], total, device=x.device)[None]
@@ -281,7 +287,11 @@ class ThriftyForCausalLM(ThriftyPreTrainedModel, Generation, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         aux_loss = None
         if hidden.router_logits is not None:
-            aux_loss = load_balance_loss(hidden.router_logits, self.config.num_experts_per_tok, attention_mask)
+            # Of the tokens given now: a mask counts those in the cache too.
+            mask = None
+            if attention_mask is not None and attention_mask.ndim == 2:
+                mask = attention_mask[:, -hidden.last_hidden_state.shape[1] :]
+            aux_loss = load_balance_loss(hidden.router_logits, self.config.num_experts_per_tok, mask)
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
         output = MoeCausalLMOutputWithPast(

@@ -36,7 +36,7 @@ from thrifty.native._step import (
     cache_nbytes,
     repack,
 )
-from thrifty.native._threads import cpu_threads, default_threads
+from thrifty.native._threads import MOST_THREADS, cpu_threads, default_threads
 
 
 def available() -> bool:
@@ -149,6 +149,7 @@ __all__ = [
     "DTYPE_IDS",
     "KERNEL_FORMATS",
     "MOST_CHOSEN",
+    "MOST_THREADS",
     "NO_FLAGS",
     "Epilogue",
     "Op",

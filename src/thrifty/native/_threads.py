@@ -9,6 +9,9 @@ from thrifty.errors import ThriftyError
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
+#: Threads that take part in a step (`kMostParts` in csrc/step/run.cpp).
+MOST_THREADS = 64
+
 
 def cpu_threads() -> int:
     """Logical processors that this process may run on."""

@@ -234,11 +234,11 @@ def kept_keys(
     if sliding_window is not None:
         raise ThriftyError(
             f"[dynamic_mask] sliding_window must be None, as keys that leave it make room for evicted ones; got "
-            f"{sliding_window}; set it to None, or token_mixers to attention"
+            f"{sliding_window}; set it to None, keep_window_size bounds the keys"
         )
-    if selection == "keep_window" and (keep_window_size is None or keep_window_size < 1):
+    if selection == "keep_window" and (not isinstance(keep_window_size, int) or keep_window_size < 1):
         raise ThriftyError(
-            f"[dynamic_mask] keep_window_size must be at least 1; got {keep_window_size}; "
+            f"[dynamic_mask] keep_window_size must be an integer of at least 1; got {keep_window_size!r}; "
             "dynamic_mask_selection='none' keeps every key"
         )
     if selection == "ratio":

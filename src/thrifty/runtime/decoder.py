@@ -9,6 +9,7 @@ import numpy as np
 
 from thrifty import native
 from thrifty.checkpoint import DecoderConfig, Folder
+from thrifty.errors import ThriftyError
 from thrifty.runtime.cache import NativeCache
 from thrifty.runtime.fallback import NumpyDecoder
 from thrifty.runtime.program import DecoderProgram, Options, fastest_format
@@ -103,14 +104,21 @@ class NativeDecoder:
                 last = start + len(part) == len(tokens)
                 self._program.output_rows[0] = rows - 1
                 self._program.run(rows, 1 if last else 0, [cache.place], end=None if last else self._decoder.head)
+                cache.tokens.extend(part)
             return self._decoder.logits[0].copy()
 
     def advance_batch(self, tokens: Sequence[int], caches: Sequence[NativeCache]) -> np.ndarray:
         """One token more for each of several sequences, at most `most_sequences`, in one step: logits [n, vocab]."""
+        if len(tokens) > self.most_sequences:
+            raise ThriftyError(
+                f"[decode] a step takes at most {self.most_sequences} sequences; got {len(tokens)}; give fewer"
+            )
         with self._lock:
             rows = self._fill([([token], cache) for token, cache in zip(tokens, caches, strict=True)])
             self._program.output_rows[:rows] = np.arange(rows)
             self._program.run(rows, rows, [cache.place for cache in caches])
+            for token, cache in zip(tokens, caches, strict=True):
+                cache.tokens.append(token)
             return self._decoder.logits[:rows].copy()
 
     def logits(self, tokens: Sequence[int], cache: NativeCache) -> Iterator[np.ndarray]:
@@ -125,9 +133,11 @@ class NativeDecoder:
         if rows <= self._outputs:
             self._program.output_rows[:rows] = np.arange(rows)
             self._program.run(rows, rows, [cache.place])
+            cache.tokens.extend(tokens)
             yield self._decoder.logits[:rows].copy()
             return
         self._program.run(rows, 0, [cache.place], end=self._decoder.head)
+        cache.tokens.extend(tokens)
         for start in range(0, rows, self._outputs):
             count = min(self._outputs, rows - start)
             self._program.output_rows[:count] = np.arange(start, start + count)
@@ -135,15 +145,23 @@ class NativeDecoder:
             yield self._decoder.logits[:count].copy()
 
     def _fill(self, sequences: Sequence[tuple[Sequence[int], NativeCache]]) -> int:
-        """Put the next tokens of some sequences into the batch and into their caches. Returns the number of rows."""
+        """Put the next tokens of some sequences into the batch. Returns the number of rows.
+
+        The caller adds them to the caches once a step has computed them: one that was interrupted has not.
+        """
         program, row = self._program, 0
         for slot, (tokens, cache) in enumerate(sequences):
             stop, first = row + len(tokens), len(cache)
+            room = min(cache.capacity, self.max_context)
+            if first + len(tokens) > room:
+                raise ThriftyError(
+                    f"[decode] tokens must fit the {room} positions of the cache; got {first + len(tokens)}; make a "
+                    "larger one, or load with a larger max_context"
+                )
             program.tokens[row:stop] = tokens
             program.positions[row:stop] = np.arange(first, first + len(tokens))
             program.slots[row:stop] = slot
             self._decoder.rope.reach(first + len(tokens))
-            cache.tokens.extend(tokens)
             row = stop
         return row
 

@@ -240,6 +240,7 @@ def append_random(decoder: Any, cache: Any, count: int, rng: np.random.Generator
             for noise in (op.p[0],) if op.code is OpCode.ROPE_CACHE else (op.p[0], op.p[3]):
                 noise[:rows] = rng.standard_normal((rows, noise.shape[1]), np.float32)
             program.run(rows, 0, [cache.place], begin=i, end=i + 1)
+        cache.tokens.extend([0] * rows)
 
 
 def warm(folder: Path) -> None:

@@ -76,8 +76,8 @@ class DecoderProgram:
         self._mixed = _floats(rows, mixed).reshape(-1)
         self.inner = _floats(rows, c.intermediate_size)
         self.logits = np.zeros((self.options.outputs, c.vocab_size), np.float32)
-        # One row of a step is normalised by every thread for itself.
-        own = max(rows, self.options.n_threads)
+        # One row of a step is normalised by every thread for itself; no more than these take part.
+        own = max(rows, min(self.options.n_threads, native.MOST_THREADS))
         widest = max(mixed, c.intermediate_size)
         # A row is padded to a block of its format, and then to a cache line.
         self._codes = native.aligned_empty(own * (widest + 2 * CACHE_LINE)).view(np.int8)

@@ -39,7 +39,8 @@ def load(
     weight_format: layout of low-bit weights in memory, "i2" (2 bits) or "base3" (1.6 bits); "auto" measures which is
     faster. n_threads: by default the physical cores this process may use, or THRIFTY_NUM_THREADS. max_context:
     positions a sequence may have, by default the model's. head_bits: the output head at 8 or 4 bits, or None for as it
-    is stored. cache_bits: keys and values as float32, float16 or 8-bit integers with a scale per position and head.
+    is stored. cache_bits: keys and values as float32, float16 or 8-bit integers with a scale per position and head;
+    without the native library they stay float32.
     With the defaults the runtime computes what torch does; fewer bits are faster and move the logits a little. Warns
     where there are more threads than processors.
     Raises ThriftyError where the folder or an option is invalid.
@@ -48,8 +49,8 @@ def load(
     config = folder.config
     if weight_format not in WEIGHT_FORMATS:
         raise ThriftyError(f"[load] weight_format must be one of {', '.join(WEIGHT_FORMATS)}; got {weight_format!r}")
-    if n_threads is not None and n_threads < 1:
-        raise ThriftyError(f"[load] n_threads must be at least 1; got {n_threads}")
+    if n_threads is not None and (not isinstance(n_threads, int) or n_threads < 1):
+        raise ThriftyError(f"[load] n_threads must be an integer of at least 1; got {n_threads!r}")
     limit = config.max_position_embeddings
     if max_context is not None and not 1 <= max_context <= limit:
         raise ThriftyError(f"[load] max_context must be from 1 to the model's {limit} positions; got {max_context}")
