@@ -27,8 +27,7 @@ class Int8Block {
 
   void run() {
     for (size_t start = 0; start < set_.length[set_.count - 1]; start += kChunk) {
-      first_ = 0;
-      while (set_.length[first_] <= start) ++first_;
+      first_ = set_.first_seeing(start);
       score(start);
       weigh(start);
       mix(start);
@@ -77,11 +76,7 @@ class Int8Block {
                                   cache_.v_scales + start, nullptr, none, weights_ + i, parts);
       for (size_t j = i; j < end; ++j) {
         for (auto& codes : weights_[j].codes) std::memset(codes + written, 0, wide - written);
-        if (start == 0) {
-          set_.total[j] = parts[j - i];
-        } else {
-          set_.merges[j] = merge<Avx512>(set_.total[j], parts[j - i]);
-        }
+        set_.add_part<Avx512>(j, start, parts[j - i]);
       }
     }
     publish(weights_);

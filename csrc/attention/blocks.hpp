@@ -26,6 +26,23 @@ struct QueryBlock {
   size_t seen(size_t i, size_t start) const {
     return length[i] <= start ? 0 : length[i] - start < kChunk ? length[i] - start : kChunk;
   }
+
+  /// The first query that sees anything of a chunk: all after it do.
+  size_t first_seeing(size_t start) const {
+    size_t first = 0;
+    while (length[first] <= start) ++first;
+    return first;
+  }
+
+  /// Takes a chunk's softmax into that of query i; `merges` are the factors of their values where there were any.
+  template <class V>
+  void add_part(size_t i, size_t start, const Softmax& part) {
+    if (start == 0) {
+      total[i] = part;
+    } else {
+      merges[i] = merge<V>(total[i], part);
+    }
+  }
 };
 
 /// Scores of all queries in the order of attention.hpp, two blocks of sixteen positions after another. Later queries
@@ -109,16 +126,10 @@ template <class V, class T>
 void attend_block(const Attention& a, const HeadCache& cache, QueryBlock& set) {
   const size_t d = a.shape.head_dim;
   for (size_t start = 0; start < set.length[set.count - 1]; start += kChunk) {
-    size_t active = 0;
-    while (set.length[active] <= start) ++active;
+    const size_t active = set.first_seeing(start);
     score_chunk<V>(set, reinterpret_cast<const T*>(cache.k) + start * d, d, start, active);
     for (size_t i = active; i < set.count; ++i) {
-      const Softmax part = weigh<V>(set.scores[i], set.seen(i, start), a.scale, cache.bias_from(start));
-      if (start == 0) {
-        set.total[i] = part;
-      } else {
-        set.merges[i] = merge<V>(set.total[i], part);
-      }
+      set.add_part<V>(i, start, weigh<V>(set.scores[i], set.seen(i, start), a.scale, cache.bias_from(start)));
     }
     mix_chunk<V>(set, reinterpret_cast<const T*>(cache.v) + start * up_to(d, 16), d, start, active);
   }
