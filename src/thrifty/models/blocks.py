@@ -1,11 +1,24 @@
 """What a layer of the decoder is made of: builders by the names that the config has for them."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from thrifty.models.configuration import ThriftyConfig
 from thrifty.nn import MLGRU, SSD, BitAttention, BitFeedForward, CDMoE, DynamicMaskAttention
+
+
+def _mixer(config: ThriftyConfig, layer_idx: int) -> dict[str, Any]:
+    """What every mixer is told."""
+    return {
+        "bias": config.attention_bias,
+        "sub_norm": config.norm_placement == "sub_ln",
+        "weight": config.linear,
+        "norm": None,
+        "eps": config.rms_norm_eps,
+        "layer_idx": layer_idx,
+    }
 
 
 def _attention(config: ThriftyConfig, layer_idx: int) -> nn.Module:
@@ -14,13 +27,8 @@ def _attention(config: ThriftyConfig, layer_idx: int) -> nn.Module:
         config.num_attention_heads,
         config.num_key_value_heads,
         config.head_dim,
-        bias=config.attention_bias,
         dropout=config.attention_dropout,
-        sub_norm=config.norm_placement == "sub_ln",
-        weight=config.linear,  # pyright: ignore[reportArgumentType]
-        norm=None,
-        eps=config.rms_norm_eps,
-        layer_idx=layer_idx,
+        **_mixer(config, layer_idx),
     )
 
 
@@ -36,28 +44,15 @@ def _dynamic_mask(config: ThriftyConfig, layer_idx: int) -> nn.Module:
         max_positions=config.max_position_embeddings,
         dt_heads=config.dt_heads,  # pyright: ignore[reportArgumentType]
         qk_norm=config.qk_norm,
-        bias=config.attention_bias,
         dropout=config.attention_dropout,
-        sub_norm=config.norm_placement == "sub_ln",
-        weight=config.linear,  # pyright: ignore[reportArgumentType]
-        norm=None,
-        eps=config.rms_norm_eps,
-        layer_idx=layer_idx,
         # The legacy router reads what stands at padding.
         keyless_mean=config.feed_forward == "cdmoe" and config.router_layout == "legacy",
+        **_mixer(config, layer_idx),
     )
 
 
 def _mlgru(config: ThriftyConfig, layer_idx: int) -> nn.Module:
-    return MLGRU(
-        config.hidden_size,
-        bias=config.attention_bias,
-        sub_norm=config.norm_placement == "sub_ln",
-        weight=config.linear,  # pyright: ignore[reportArgumentType]
-        norm=None,
-        eps=config.rms_norm_eps,
-        layer_idx=layer_idx,
-    )
+    return MLGRU(config.hidden_size, **_mixer(config, layer_idx))
 
 
 def _ssd(config: ThriftyConfig, layer_idx: int) -> nn.Module:
@@ -67,14 +62,9 @@ def _ssd(config: ThriftyConfig, layer_idx: int) -> nn.Module:
         config.num_attention_heads,
         d_state=config.head_dim,
         chunk_len=config.ssd_chunk_size,
-        layer_idx=layer_idx,
         head_dim=config.head_dim,
-        bias=config.attention_bias,
         skip=False,
-        sub_norm=config.norm_placement == "sub_ln",
-        weight=config.linear,  # pyright: ignore[reportArgumentType]
-        norm=None,
-        eps=config.rms_norm_eps,
+        **_mixer(config, layer_idx),
     )
 
 

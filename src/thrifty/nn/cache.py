@@ -1,5 +1,6 @@
 """Layers of transformers' `Cache(layers=[...])` for what grows with no text: the keys worth keeping, and states."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,35 +11,34 @@ from thrifty import ops
 from thrifty.errors import ThriftyError
 
 
-class RecurrentLayer(CacheLayerMixin):
-    """The state of a recurrence after the tokens seen so far: one tensor [B, ...], as large after a million tokens.
+class BoundedLayer(CacheLayerMixin):
+    """What is kept of `seen` tokens without keeping them all. Rows can be reordered, repeated and selected, as beams
+    need it. Subclasses hold the tensors, and say how all of them are changed and forgotten.
 
-    A mixer reads `state` (None before the first token) and writes it back by `keep`. Rows can be reordered, repeated
-    and selected, as beams need it. Raises ThriftyError where tokens are to be taken back, or where it is used as a
-    cache of keys.
+    Raises ThriftyError where tokens are to be taken back, or where it is used as a cache of keys.
     """
 
     is_compileable = False
     is_croppable = False
     is_sliding = False
     supports_early_init = False
+    #: The rule that keys and values alone, and a crop, break.
+    needs: str
+    cannot: str
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: Tensor | None = None
         self.seen = 0
 
-    def keep(self, state: Tensor, tokens: int) -> None:
-        """The state after so many more tokens."""
-        self.state = state
-        self.seen += tokens
-        self.is_initialized = True
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replaces each tensor, where there is one, by what `change` makes of it."""
+        raise NotImplementedError
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to make: a state comes whole."""
+        """Nothing to make: tensors come with the first tokens."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise ThriftyError("[cache] a recurrent layer holds a state; got keys and values; give the mixer its own layer")
+        raise ThriftyError(f"[cache] {self.needs}; got keys and values; give the mixer its own layer")
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -50,53 +50,73 @@ class RecurrentLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.state, self.seen, self.is_initialized = None, 0, False
+        self.seen, self.is_initialized = 0, False
 
     def offload(self) -> None:
-        self._map(lambda state: state.to("cpu"))
+        self._map(lambda tensor: tensor.to("cpu"))
 
     def prefetch(self) -> None:
-        """Nothing to do: the recurrence moves its state to where it computes."""
+        """Nothing to do: the mixer moves the tensors to where it computes."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda state: state.repeat_interleave(repeats, 0))
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda state: state.index_select(0, indices.to(state.device)))
+        self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise ThriftyError(
-                "[cache] a recurrent state cannot give tokens back; got crop("
-                f"{tokens_to_remove}); generate without an assistant, or start from an empty cache"
+                f"[cache] {self.cannot}; got crop({tokens_to_remove}); generate without an assistant, or start from an "
+                "empty cache"
             )
 
-    def _map(self, change: Any) -> None:
+
+class RecurrentLayer(BoundedLayer):
+    """The state of a recurrence after the tokens seen so far: one tensor [B, ...], as large after a million tokens.
+
+    A mixer reads `state` (None before the first token) and writes it back by `keep`.
+    """
+
+    needs = "a recurrent layer holds a state"
+    cannot = "a recurrent state cannot give tokens back"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: Tensor | None = None
+
+    def keep(self, state: Tensor, tokens: int) -> None:
+        """The state after so many more tokens."""
+        self.state = state
+        self.seen += tokens
+        self.is_initialized = True
+
+    def reset(self) -> None:
+        super().reset()
+        self.state = None
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
             self.state = change(self.state)
 
 
-class DynamicMaskLayer(CacheLayerMixin):
+class DynamicMaskLayer(BoundedLayer):
     """The keys, values and scores that dynamic mask attention can still see: `window` slots per score head.
 
     A mixer calls `extend`. An evicted key never returns, so what is left out is never missed, and bytes and work of a
-    step do not depend on how many tokens came before. Rows can be reordered, repeated and selected, as beams need it.
-    Raises ThriftyError where tokens are to be taken back, or where it is used as a cache of all keys.
+    step do not depend on how many tokens came before.
     """
 
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
+    needs = "a dynamic mask layer needs scores too"
+    cannot = "keys that a dynamic mask evicted cannot be brought back"
 
     def __init__(self) -> None:
         super().__init__()
         #: keys, values [B, score_heads, slots, d]; scores, ages [B, score_heads, slots]; an age is a position.
         self.slots: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self.seen = 0
 
     def extend(self, k: Tensor, v: Tensor, scores: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and scores that the queries of T new tokens choose among, these last; keeps the `window` best.
@@ -127,51 +147,14 @@ class DynamicMaskLayer(CacheLayerMixin):
             self.slots = _select(new, _slots(ops.kept_until(new[2], window), window))
         return new[:3]
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to make: slots come with the first keys."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise ThriftyError(
-            "[cache] a dynamic mask layer needs scores too; got keys and values; give the mixer its own layer"
-        )
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
     def reset(self) -> None:
-        self.slots, self.seen, self.is_initialized = None, 0, False
+        super().reset()
+        self.slots = None
 
-    def offload(self) -> None:
-        self._map(lambda slots: slots.to("cpu"))
-
-    def prefetch(self) -> None:
-        """Nothing to do: `extend` moves the slots to where the new keys are."""
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda slots: slots.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda slots: slots.index_select(0, indices.to(slots.device)))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise ThriftyError(
-                "[cache] keys that a dynamic mask evicted cannot be brought back; got crop("
-                f"{tokens_to_remove}); generate without an assistant, or start from an empty cache"
-            )
-
-    def _map(self, change: Any) -> None:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.slots is not None:
-            self.slots = tuple(change(slots) for slots in self.slots)
+            keys, values, scores, ages = self.slots
+            self.slots = change(keys), change(values), change(scores), change(ages)
 
 
 def recurrent_layer(cache: Any, layer_idx: int) -> RecurrentLayer | None:
