@@ -27,8 +27,16 @@ $(VENV)/.installed: $(SOURCES)
 demo: setup
 	$(BIN)/thrifty demo
 
+# Keras takes its backend when it is imported, so its tests run once in a process for each.
+KERAS_TESTS := tests/keras tests/contracts/test_keras.py
+
 test: setup
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --cov --cov-report= $(addprefix --ignore=,$(KERAS_TESTS))
+	for backend in torch jax tensorflow; do \
+		echo "== KERAS_BACKEND=$$backend"; \
+		KERAS_BACKEND=$$backend $(BIN)/python -m pytest --cov --cov-append --cov-report= $(KERAS_TESTS) || exit 1; \
+	done
+	$(BIN)/python -m coverage report
 
 test-sanitize: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/sanitize.py

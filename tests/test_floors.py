@@ -17,6 +17,7 @@ FLOORS = {
     "runtime": 2,
     "ops": 2,
     "nn": 3,
+    "keras": 3,
     "models": 4,
     "train": 5,
     "cli": 6,

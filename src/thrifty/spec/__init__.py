@@ -5,7 +5,7 @@ Integer results of an implementation equal these bit for bit; floats lie within 
 
 from thrifty.spec.attention import CHUNK, attention, attention_int8
 from thrifty.spec.dynamic_mask import dynamic_mask_attention, kept_until, key_scores
-from thrifty.spec.formats import BASE3, BINARY, FORMATS, I2, I4, I8, ROW_BLOCK, Format, pack, unpack
+from thrifty.spec.formats import BASE3, BASE3_ROW, BINARY, FORMATS, I2, I4, I8, ROW_BLOCK, Format, pack, unpack
 from thrifty.spec.glu import ACTIVATIONS, glu
 from thrifty.spec.mlgru import mlgru
 from thrifty.spec.product_key_experts import product_key_experts, product_key_topk, staircase
@@ -23,6 +23,7 @@ TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2, "int8": 1e-4}
 __all__ = [
     "ACTIVATIONS",
     "BASE3",
+    "BASE3_ROW",
     "BINARY",
     "CHUNK",
     "EPS",

@@ -69,6 +69,8 @@ TILE_ROWS = 16
 I2 = Format("i2", (-1, 0, 1), 4, 2, "tile")
 #: Five base-3 digits a byte (1.6 bits a weight), as the kernels stream it.
 BASE3 = Format("base3", (-1, 0, 1), 5, None, "tile")
+#: Five base-3 digits a byte along a row, as Keras files hold a matrix of one row.
+BASE3_ROW = Format("base3_row", (-1, 0, 1), 5, None, "row")
 #: transformers' BitNet checkpoint layout (`integrations/bitnet.py`): two bits, four row blocks a byte.
 ROW_BLOCK = Format("row_block", (-1, 0, 1), 4, 2, "row_block")
 #: One bit a weight, columns least significant bit first; a set bit is +1.
@@ -78,7 +80,7 @@ BINARY = Format("binary", (-1, 1), 8, 1, "row")
 I8 = Format("i8", tuple(range(-127, 128)), 1, 8, "tile")
 I4 = Format("i4", tuple(range(-7, 8)), 2, 4, "tile")
 
-FORMATS = {f.name: f for f in (I2, BASE3, ROW_BLOCK, BINARY, I8, I4)}
+FORMATS = {f.name: f for f in (I2, BASE3, BASE3_ROW, ROW_BLOCK, BINARY, I8, I4)}
 
 
 def pack(fmt: Format, codes: np.ndarray) -> np.ndarray:

@@ -9,6 +9,8 @@ import numpy
 QMAX = 127
 #: Floor of absmean and absmax, so that an all-zero tensor has a scale.
 EPS = 1e-5
+#: No bound above; Keras has no other name for it.
+INFINITY = float("inf")
 
 
 def round_bf16(x: Any) -> numpy.ndarray:
@@ -23,7 +25,7 @@ def absmean(w: Any, np: Any, round_bf16: Callable[[Any], Any]) -> Any:
     Rounded to bfloat16 so that every container (safetensors, GGUF's fp16, Keras) holds it exactly. Computed once and
     stored: frameworks sum in different orders, so a scale is data, never recomputed from codes or by a loader.
     """
-    return round_bf16(np.clip(np.mean(np.abs(w)), EPS, None))
+    return round_bf16(np.clip(np.mean(np.abs(w)), EPS, INFINITY))
 
 
 def ternary_codes(w: Any, scale: Any, np: Any) -> Any:
@@ -42,6 +44,6 @@ def absmax_codes(x: Any, np: Any) -> tuple[Any, Any]:
     x: float32 [..., d]. Returns codes in the dtype of x and scales [..., 1] (arXiv 2402.17764, section 2, with the
     symmetric range).
     """
-    a = np.clip(np.amax(np.abs(x), axis=-1, keepdims=True), EPS, None)
+    a = np.clip(np.amax(np.abs(x), axis=-1, keepdims=True), EPS, INFINITY)
     qmax = QMAX * np.ones_like(a)  # torch divides by or into a Python number through a reciprocal, rounding twice
     return np.round(x * (qmax / a)), a / qmax
