@@ -5,7 +5,7 @@ import pytest
 from keras import ops
 
 from thrifty import spec
-from thrifty.keras.layers import DenseMML, RMSNorm
+from thrifty.keras.layers import DenseMML, RMSNorm, RotaryPositionalEmbedding
 
 RNG = np.random.default_rng(0)
 
@@ -48,3 +48,10 @@ def test_dense_and_its_packed_form(norm, shape, units):
     close(layer(x), expected)
     layer.pack()
     np.testing.assert_array_equal(ops.convert_to_numpy(layer(x)), expected)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 700])
+def test_rotary_positional_embedding(offset):
+    x = array(2, 63, 3, 16)
+    tables = spec.rope_tables(np.arange(offset, offset + 63), 16, 500_000.0)
+    close(RotaryPositionalEmbedding(max_wavelength=500_000.0)(x, offset=offset), spec.apply_rope(x, *tables))

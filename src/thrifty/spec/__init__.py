@@ -11,7 +11,7 @@ from thrifty.spec.mlgru import mlgru
 from thrifty.spec.product_key_experts import product_key_experts, product_key_topk, staircase
 from thrifty.spec.quantize_per_token import quantize_per_token, rms_norm
 from thrifty.spec.quantizers import EPS, QMAX, absmean, binary_codes, round_bf16, ternary_codes
-from thrifty.spec.rope import apply_rope, rope_tables
+from thrifty.spec.rope import apply_rope, rope_frequencies, rope_tables
 from thrifty.spec.sampling import penalize_repetition, sample
 from thrifty.spec.ssd import ssd
 from thrifty.spec.ternary_matmul import ternary_matmul
@@ -51,6 +51,7 @@ __all__ = [
     "product_key_topk",
     "quantize_per_token",
     "rms_norm",
+    "rope_frequencies",
     "rope_tables",
     "round_bf16",
     "sample",

@@ -1,5 +1,7 @@
 """Every layer by its name; the modules are named as in the seeds, so that their import lines work."""
 
 from thrifty.keras.layers.core import DenseMML, RMSNorm
+from thrifty.keras.layers.embedding import RotaryPositionalEmbedding
+from thrifty.keras.layers.reshaping import Divide, Merge
 
-__all__ = ["DenseMML", "RMSNorm"]
+__all__ = ["DenseMML", "Divide", "Merge", "RMSNorm", "RotaryPositionalEmbedding"]
