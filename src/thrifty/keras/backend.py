@@ -1,7 +1,7 @@
 """What differs between Keras' backends: calls into the native library from inside of traced functions."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
@@ -18,24 +18,24 @@ _FUNCTIONS: "WeakValueDictionary[int, NativeFunction]" = WeakValueDictionary()
 
 
 class NativeFunction:
-    """A function of arrays that can be called on tensors, eagerly or from a function that the backend traces."""
+    """A function of an array that can be called on a tensor, eagerly or in a function that the backend traces."""
 
     def __init__(self) -> None:
         #: By which an op of torch, which takes nothing but tensors and numbers, finds it.
         self._number = next(_NUMBERS)
         _FUNCTIONS[self._number] = self
 
-    def on_arrays(self, *arrays: np.ndarray) -> np.ndarray:
-        """float32 [..., width] of arrays, the first of which is [..., d]."""
+    def on_array(self, x: np.ndarray) -> np.ndarray:
+        """float32 [..., width] of an array float32 [..., d]."""
         raise NotImplementedError
 
-    def on_tensors(self, tensors: Sequence[Any], width: int) -> Any:
-        """`on_arrays` of tensors. It has no gradient: asking for one raises ThriftyError."""
+    def on_tensor(self, x: Any, width: int) -> Any:
+        """`on_array` of a float32 tensor. It has no gradient: asking for one raises ThriftyError."""
         if _BACKEND == "jax":
-            return _call_from_jax(self.on_arrays, tensors, width)
+            return _call_from_jax(self.on_array, x, width)
         if _BACKEND == "tensorflow":
-            return _call_from_tensorflow(self.on_arrays, tensors, width)
-        return _CALL(list(tensors), self._number, width)
+            return _call_from_tensorflow(self.on_array, x, width)
+        return _call_from_torch(self, self._number, x, width)
 
 
 def _refuse_gradient(*_: Any) -> NoReturn:
@@ -45,49 +45,63 @@ def _refuse_gradient(*_: Any) -> NoReturn:
     )
 
 
-def _call_from_jax(function: Callable[..., np.ndarray], tensors: Sequence[Any], width: int) -> Any:
+def _call_from_jax(function: Callable[[np.ndarray], np.ndarray], x: Any, width: int) -> Any:
     import jax
 
-    result = jax.ShapeDtypeStruct((*tensors[0].shape[:-1], width), np.float32)
+    result = jax.ShapeDtypeStruct((*x.shape[:-1], width), np.float32)
 
-    def call(*tensors: Any) -> Any:
-        return jax.pure_callback(function, result, *tensors, vmap_method="sequential")
+    def call(x: Any) -> Any:
+        return jax.pure_callback(function, result, x, vmap_method="sequential")
 
     call = jax.custom_jvp(call)
     call.defjvp(_refuse_gradient)
-    return call(*tensors)
+    return call(x)
 
 
-def _call_from_tensorflow(function: Callable[..., np.ndarray], tensors: Sequence[Any], width: int) -> Any:
+def _call_from_tensorflow(function: Callable[[np.ndarray], np.ndarray], x: Any, width: int) -> Any:
     import tensorflow as tf
 
     @tf.custom_gradient
-    def call(*tensors: Any) -> Any:
-        y = tf.numpy_function(function, tensors, tf.float32, stateful=False)
-        y.set_shape((*tensors[0].shape[:-1], width))
+    def call(x: Any) -> Any:
+        y = tf.numpy_function(function, [x], tf.float32, stateful=False)
+        y.set_shape((*x.shape[:-1], width))
         return y, _refuse_gradient
 
-    return call(*tensors)
+    return call(x)
+
+
+def _call_from_torch(function: NativeFunction, number: int, x: Any, width: int) -> Any:
+    import torch
+
+    if torch.compiler.is_compiling() or x.requires_grad:
+        return _CALL(x, number, width)
+    return _on_torch_tensor(function, x)
+
+
+def _on_torch_tensor(function: NativeFunction, x: Any) -> Any:
+    import torch
+
+    _use_native(x)  # on torch's own threads
+    return torch.from_numpy(function.on_array(x.detach().cpu().numpy())).to(x.device)
 
 
 def _torch_op() -> Callable[..., Any]:
     """The call as an op of torch, which `torch.compile` leaves as it is."""
     import torch
 
-    from thrifty.ops.dispatch import use_native
-
     @torch.library.custom_op("thrifty::call_native", mutates_args=())
-    def call(tensors: list[torch.Tensor], function: int, width: int) -> torch.Tensor:
-        use_native(tensors[0])  # on torch's own threads
-        y = _FUNCTIONS[function].on_arrays(*(t.detach().cpu().numpy() for t in tensors))
-        return torch.from_numpy(y).to(tensors[0].device)
+    def call(x: torch.Tensor, function: int, width: int) -> torch.Tensor:
+        return _on_torch_tensor(_FUNCTIONS[function], x)
 
     @call.register_fake
-    def _(tensors: list[torch.Tensor], function: int, width: int) -> torch.Tensor:
-        return tensors[0].new_empty((*tensors[0].shape[:-1], width), dtype=torch.float32)
+    def _(x: torch.Tensor, function: int, width: int) -> torch.Tensor:
+        return x.new_empty((*x.shape[:-1], width), dtype=torch.float32)
 
     call.register_autograd(_refuse_gradient)
     return call
 
 
-_CALL: Any = _torch_op() if _BACKEND == "torch" else None
+if _BACKEND == "torch":
+    from thrifty.ops.dispatch import use_native as _use_native
+
+    _CALL = _torch_op()

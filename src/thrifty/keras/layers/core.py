@@ -9,7 +9,7 @@ from keras import activations, constraints, initializers, ops, regularizers
 
 from thrifty.errors import ThriftyError
 from thrifty.keras.backend import NATIVE_SUPPORTS_JIT
-from thrifty.keras.packed_kernel import KEYS, PackedKernel
+from thrifty.keras.packed_dense import KEYS, PackedDense
 from thrifty.spec import quantizers
 
 
@@ -134,23 +134,24 @@ class DenseMML(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self.supports_masking = True
         self.kernel = self.bias = self.gain = None
-        self.packed_kernel: PackedKernel | None = None
+        self.packed_dense: PackedDense | None = None
         if packed:
-            self._hold_packed()
+            self.wait_for_packed()
 
     @property
     def packed(self) -> bool:
         """Whether the kernel is held as ternary codes, which do not train."""
-        return self.packed_kernel is not None
+        return self.packed_dense is not None
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         self._features = features("DenseMML", input_shape)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: self._features})
-        self._add_variables()
+        if not self.packed:
+            self._add_variables()
 
     def call(self, inputs: Any) -> Any:
-        if self.packed_kernel is not None:
-            y = self.packed_kernel.product(inputs, self.gain, self.bias)
+        if self.packed_dense is not None:
+            y = self.packed_dense.on_tensor(ops.cast(inputs, "float32"), self.units)
         else:
             y = self._latent_product(inputs)
         return self.activation(ops.cast(y, self.compute_dtype))
@@ -166,43 +167,37 @@ class DenseMML(keras.layers.Layer):
             raise ThriftyError(
                 f"[DenseMML] a layer must be built to be packed; '{self.name}' is not; call it, or its model, once"
             )
-        codes, scale = kernel_codes(ops.convert_to_tensor(self.kernel, "float32"))
-        self._untrack_variable(self.kernel)
-        self.kernel = None
-        packed_kernel = self._hold_packed()
-        packed_kernel.assign(ops.convert_to_numpy(codes).astype(np.int8).T, ops.convert_to_numpy(scale))
+        codes, scale = map(ops.convert_to_numpy, kernel_codes(ops.convert_to_tensor(self.kernel, "float32")))
+        bias, gain = (None if v is None else ops.convert_to_numpy(v) for v in (self.bias, self.gain))
+        self.wait_for_packed()
+        self.packed_dense.assign(codes.astype(np.int8).T, scale, bias, gain)
 
     def unpack(self) -> None:
         """Make a packed layer trainable again, with a float kernel of the same codes and scale."""
-        if self.packed_kernel is None:
+        if self.packed_dense is None:
             return
-        latent = self.packed_kernel.latent()
-        others = [v for v in (self.bias, self.gain) if v is not None]
-        values = [ops.convert_to_numpy(v) for v in others]
-        for variable in others:
-            self._untrack_variable(variable)
-        self.packed_kernel = None
+        held, latent = self.packed_dense, self.packed_dense.latent()
+        self.packed_dense = None
         self.supports_jit = True
         self._tracker.unlock()
         try:
             self._add_variables()
         finally:
             self._tracker.lock()
-        self.trainable = True
-        for variable, value in zip(self.variables, [latent, *values], strict=True):
-            variable.assign(value)
+        for name, variable in self._named_variables().items():
+            variable.assign(latent if name == "kernel" else getattr(held, name))
 
     def wait_for_packed(self) -> None:
-        """Drop the float kernel, if any: packed weights are about to be loaded."""
-        if not self.packed:
-            if self.kernel is not None:
-                self._untrack_variable(self.kernel)
-                self.kernel = None
-            self._hold_packed()
+        """Drop the variables, if any: packed weights are about to come."""
+        for name, variable in self._named_variables().items():
+            self._untrack_variable(variable)
+            setattr(self, name, None)
+        self.packed_dense = PackedDense(self.name)
+        self.supports_jit = NATIVE_SUPPORTS_JIT
 
     def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
-        held = {} if self.packed_kernel is None else self.packed_kernel.store()
-        for name, value in (held | self._named_variables()).items():
+        values = self._named_variables() if self.packed_dense is None else self.packed_dense.store()
+        for name, value in values.items():
             store[name] = value
 
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
@@ -212,33 +207,35 @@ class DenseMML(keras.layers.Layer):
         their codes and scale. Raises ThriftyError where a variable is missing or has another shape, before any is
         changed.
         """
-        variables, names = self._named_variables(), set(store.keys())
+        names = set(store.keys())
         is_packed = KEYS[-1] in names
-        wanted = {*variables, *(KEYS if is_packed else ())} - ({"kernel"} if is_packed else set())
         if self.packed and not is_packed:
             raise ThriftyError(
                 f"[DenseMML] a packed layer needs packed weights; the file of '{self.name}' has a float kernel; "
                 "thrifty.keras.unpack(model) before loading"
             )
+        wanted = {*(KEYS if is_packed else ("kernel",)), *self._vectors()}
         if not wanted <= names:
             raise ThriftyError(
                 f"[DenseMML] a file must hold {', '.join(sorted(wanted))}; that of '{self.name}' lacks "
                 f"{', '.join(sorted(wanted - names))}; save the whole layer, with the same use_bias and norm"
             )
-        values = {name: np.asarray(store[name]) for name in variables if name in names}
-        for name, value in values.items():
-            if value.shape != tuple(variables[name].shape):
+        shapes = self._vectors() | ({} if is_packed else {"kernel": (self._features, self.units)})
+        values = {name: np.asarray(store[name]) for name in shapes}
+        for name, shape in shapes.items():
+            if values[name].shape != shape:
                 raise ThriftyError(
-                    f"[DenseMML] '{name}' of '{self.name}' has shape {tuple(variables[name].shape)}; the file's has "
-                    f"{value.shape}; build the layer as it was saved"
+                    f"[DenseMML] '{name}' of '{self.name}' has shape {shape}; the file's has {values[name].shape}; "
+                    "build the layer as it was saved"
                 )
         if is_packed:
-            packed_kernel = self.packed_kernel or PackedKernel(self.name)
-            packed_kernel.restore(store, (self.units, self._features))
-            if not self.packed:
-                values["kernel"] = packed_kernel.latent()
-        for name, value in values.items():
-            variables[name].assign(value)
+            packed_dense = self.packed_dense or PackedDense(self.name)
+            packed_dense.restore(store, (self.units, self._features))
+            if self.packed:
+                return
+            values["kernel"] = packed_dense.latent()
+        for name, variable in self._named_variables().items():
+            variable.assign(values[name])
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return (*input_shape[:-1], self.units)
@@ -256,16 +253,20 @@ class DenseMML(keras.layers.Layer):
         }
         return config | own | serialized(self, "kernel", "bias")
 
+    def _vectors(self) -> dict[str, tuple[int]]:
+        """Shapes of what a layer has beside its kernel."""
+        shapes = {"bias": (self.units,)} if self.use_bias else {}
+        return shapes | {"gain": (self._features,)} if self.norm else shapes
+
     def _add_variables(self) -> None:
-        if not self.packed:
-            self.kernel = self.add_weight(
-                shape=(self._features, self.units),
-                name="kernel",
-                autocast=False,
-                initializer=self.kernel_initializer,
-                regularizer=self.kernel_regularizer,
-                constraint=self.kernel_constraint,
-            )
+        self.kernel = self.add_weight(
+            shape=(self._features, self.units),
+            name="kernel",
+            autocast=False,
+            initializer=self.kernel_initializer,
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+        )
         if self.use_bias:
             self.bias = self.add_weight(
                 shape=(self.units,),
@@ -281,12 +282,6 @@ class DenseMML(keras.layers.Layer):
     def _named_variables(self) -> dict[str, Any]:
         named = {"kernel": self.kernel, "bias": self.bias, "gain": self.gain}
         return {name: variable for name, variable in named.items() if variable is not None}
-
-    def _hold_packed(self) -> PackedKernel:
-        self.packed_kernel = PackedKernel(self.name)
-        self.supports_jit = NATIVE_SUPPORTS_JIT
-        self.trainable = False
-        return self.packed_kernel
 
     def _latent_product(self, x: Any) -> Any:
         x = ops.cast(x, "float32")

@@ -1,10 +1,9 @@
-"""The kernel of a packed layer: base-3 bytes in the native library's layout, and its product from traced functions."""
+"""What a packed layer holds: base-3 bytes in the native library's layout, multiplied from traced functions."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from keras import ops
 
 from thrifty import native, spec
 from thrifty.checkpoint import base3
@@ -12,17 +11,17 @@ from thrifty.errors import ThriftyError
 from thrifty.keras.backend import NativeFunction
 from thrifty.native import PackedMatrix
 
-#: Version of what `PackedKernel.store` gives.
+#: Version of what `PackedDense.store` gives.
 VERSION = 1
 #: Its names. Bytes (`thrifty.checkpoint.base3`) are of the codes [units, features], row after row.
 KEYS = ("kernel_version", "kernel_shape", "kernel_scale", "kernel_packed")
 
 
-class PackedKernel(NativeFunction):
-    """Codes [units, features] at 1.6 bits a weight, and the scale that multiplies them.
+class PackedDense(NativeFunction):
+    """y = float32(c_x c_W) (s_x s_W) + b, c_x, s_x of rms_norm(x) * gain, or of x itself without gain.
 
-    Compiled functions hold on to the object, so new weights are assigned to it. Without the native library it
-    holds int8 codes: correct, and slow.
+    Codes c_W [units, features] take 1.6 bits each. Compiled functions hold on to the object, so new weights are
+    assigned to it. Without the native library it holds int8 codes: correct, and slow.
     """
 
     def __init__(self, layer: str) -> None:
@@ -31,11 +30,14 @@ class PackedKernel(NativeFunction):
         self.layer = layer
         self.matrix: PackedMatrix | None = None
         self.scale = np.float32(0)
+        self.bias: np.ndarray | None = None
+        self.gain: np.ndarray | None = None
 
-    def assign(self, codes: np.ndarray, scale: Any) -> None:
-        """codes: int8 [units, features], each -1, 0 or 1; scale: one number."""
+    def assign(self, codes: np.ndarray, scale: Any, bias: np.ndarray | None, gain: np.ndarray | None) -> None:
+        """codes: int8 [units, features], each -1, 0 or 1; scale: one number; bias: [units]; gain: [features]."""
         self.matrix = PackedMatrix.from_codes(codes, "base3")
         self.scale = np.float32(scale)
+        self.bias, self.gain = (None if a is None else np.array(a, np.float32) for a in (bias, gain))
 
     def latent(self) -> np.ndarray:
         """A float32 kernel [features, units] that quantises to these codes: w = c s / p, p the share of codes not zero.
@@ -43,7 +45,7 @@ class PackedKernel(NativeFunction):
         Then mean |w| = s, so the scale is s again where bfloat16 holds it, and the nearest that it holds otherwise.
         Raises ThriftyError where all codes are zero and s is not the least scale: no kernel has these.
         """
-        codes = self._weights().codes()
+        codes = self.weights().codes()
         share = np.count_nonzero(codes) / codes.size
         if not share and self.scale > spec.round_bf16(spec.EPS):
             raise ThriftyError(
@@ -52,10 +54,11 @@ class PackedKernel(NativeFunction):
         return np.ascontiguousarray(codes.T) * np.float32(self.scale / max(share, 1 / codes.size))
 
     def store(self) -> dict[str, np.ndarray]:
-        """What a file holds of it, by the names in `KEYS`."""
-        codes = self._weights().codes()
+        """What a file holds of it: `KEYS`, and `bias` and `gain` where they are."""
+        codes = self.weights().codes()
         values = VERSION, codes.shape, self.scale, base3.encode(codes)
-        return dict(zip(KEYS, map(np.asarray, values), strict=True))
+        kernel = dict(zip(KEYS, map(np.asarray, values), strict=True))
+        return kernel | {name: a for name, a in (("bias", self.bias), ("gain", self.gain)) if a is not None}
 
     def restore(self, store: Mapping[str, Any], shape: tuple[int, int]) -> None:
         """Assigns what `store` gave of [units, features]. Raises ThriftyError for another version or shape."""
@@ -70,28 +73,19 @@ class PackedKernel(NativeFunction):
                 f"[DenseMML] '{self.layer}' has [units, features] = {shape}; the file's has "
                 f"{tuple(stored_shape.tolist())}; build the layer as it was saved"
             )
-        self.assign(base3.decode(packed, shape), scale)
+        names = set(store.keys())
+        bias, gain = (np.asarray(store[name]) if name in names else None for name in ("bias", "gain"))
+        self.assign(base3.decode(packed, shape), scale, bias, gain)
 
-    def product(self, x: Any, gain: Any, bias: Any) -> Any:
-        """y = float32(c_x c_w) (s_x s_w) + b, c_x, s_x of rms_norm(x) * gain, or of x itself without gain.
-
-        Tensors x: [..., features]; gain: [features] or None; bias: [units] or None. Returns float32 [..., units], the
-        bits of `thrifty.spec.quantize_per_token` and `ternary_matmul`. No gradient.
-        """
-        nothing = ops.zeros((0,), "float32")
-        # They do not train here, but TensorFlow would ask for their gradients before it leaves them out.
-        given = (nothing if t is None else ops.stop_gradient(ops.cast(t, "float32")) for t in (gain, bias))
-        return self.on_tensors((ops.cast(x, "float32"), *given), self._weights().rows)
-
-    def on_arrays(self, x: Any, gain: Any, bias: Any) -> np.ndarray:
-        """`product` of arrays; what has no entries is left out."""
-        matrix = self._weights()
+    def on_array(self, x: Any) -> np.ndarray:
+        """y of an array x [..., features]: float32 [..., units], the bits of `thrifty.spec.ternary_matmul`."""
+        matrix = self.weights()
         rows = np.ascontiguousarray(x, np.float32).reshape(-1, matrix.cols)
-        gain, bias = (np.asarray(a) if a.size else None for a in (gain, bias))
-        codes, scales = native.quantize_per_token(rows, gain, norm=gain is not None)
-        return matrix.matmul(codes, scales, self.scale, bias).reshape(*x.shape[:-1], matrix.rows)
+        codes, scales = native.quantize_per_token(rows, self.gain, norm=self.gain is not None)
+        return matrix.matmul(codes, scales, self.scale, self.bias).reshape(*x.shape[:-1], matrix.rows)
 
-    def _weights(self) -> PackedMatrix:
+    def weights(self) -> PackedMatrix:
+        """The codes. Raises ThriftyError before any are assigned."""
         if self.matrix is None:
             raise ThriftyError(
                 f"[DenseMML] the packed layer '{self.layer}' has no weights; load them from a file, or build it with "
