@@ -14,6 +14,7 @@ if _keras.backend.backend() not in ("torch", "jax", "tensorflow"):
     )
 
 from thrifty.keras import layers
+from thrifty.keras.keras_mml import load_keras_mml
 from thrifty.keras.packing import is_packed, pack, unpack
 
-__all__ = ["is_packed", "layers", "pack", "unpack"]
+__all__ = ["is_packed", "layers", "load_keras_mml", "pack", "unpack"]
