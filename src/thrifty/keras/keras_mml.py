@@ -17,7 +17,7 @@ from thrifty.checkpoint.keras_mml import decode_ternary
 from thrifty.errors import ThriftyError, ThriftyWarning
 from thrifty.keras import layers
 from thrifty.keras.layers.core import dense_layers
-from thrifty.keras.packed_kernel import KEYS, PackedKernel
+from thrifty.keras.packed_dense import KEYS, PackedDense
 from thrifty.keras.packing import pack
 
 #: What a group of a weights file holds, by the path of its layer: arrays by name.
@@ -143,10 +143,10 @@ def _packed(path: str, arrays: dict[str, np.ndarray], gains: list[np.ndarray]) -
         codes = decode_ternary(arrays["kernel_encoded"], shape)
     except ThriftyError as error:
         raise ThriftyError(f"[load_keras_mml] the kernel of '{path}' cannot be read: {error}") from error
-    kernel = PackedKernel(path)
-    kernel.assign(np.ascontiguousarray(codes.T), np.float32(1) / np.float32(arrays["kernel_scale"]))
-    bias = {name: arrays[name] for name in ("bias",) if name in arrays}
-    return {**kernel.store(), **bias, "gain": _one_row(path, gains[0])}
+    dense = PackedDense(path)
+    scale = np.float32(1) / np.float32(arrays["kernel_scale"])
+    dense.assign(np.ascontiguousarray(codes.T), scale, arrays.get("bias"), _one_row(path, gains[0]))
+    return dense.store()
 
 
 def _one_row(path: str, gain: np.ndarray) -> np.ndarray:
