@@ -1,7 +1,7 @@
 """DenseMML beside Keras' Dense on the backend that KERAS_BACKEND names: predictions, training steps, memory and files.
 
 Results are checked against the spec first. Times are medians of calls taken in turn: `predict_on_batch` of one row and
-of 64 as Keras compiles a model by default, and `train_on_batch` of a layer beside `RMSNormalization` and `Dense`, both
+of 64, as Keras compiles a model by default, and `train_on_batch` of a layer beside `RMSNormalization` and `Dense`, both
 with jit_compile=True.
 """
 
@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -56,9 +57,8 @@ def predictions(width: int, rounds: int) -> None:
     for rows in (1, 64):
         x = np.random.default_rng(rows).standard_normal((rows, width), np.float32)
         np.testing.assert_array_equal(ternary.predict_on_batch(x), expected(layer, x))
-        took = medians(
-            {"dense": lambda x=x: dense.predict_on_batch(x), "packed": lambda x=x: ternary.predict_on_batch(x)}, rounds
-        )
+        calls = {name: partial(m.predict_on_batch, x) for name, m in (("dense", dense), ("packed", ternary))}
+        took = medians(calls, rounds)
         ratio = took["dense"] / took["packed"]
         print(f"{rows} rows: Dense {1e3 * took['dense']:.2f} ms, packed {1e3 * took['packed']:.2f} ms, {ratio:.1f} x")
 

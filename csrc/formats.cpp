@@ -75,19 +75,25 @@ int unpack_tiles(const FormatFacts& f, size_t rows, size_t cols, const uint8_t* 
   const size_t blocks = round_up(cols, f.col_multiple) / f.col_multiple;
   unsigned byte_values = 1;  // 243 of the 256 in base 3
   for (size_t digit = 0; digit < f.codes_per_byte; ++digit) byte_values *= f.radix;
+  const unsigned reciprocal = 65536 / f.radix + 1;  // exact for bytes
+  unsigned bad = 0;
   for (size_t row = 0; row < rows; ++row) {
     const uint8_t* lane = packed + row / 16 * blocks * 64 + row % 16 * 4;
-    for (size_t col = 0; col < cols; ++col) {
-      const size_t in_block = col % f.col_multiple;
-      unsigned value = lane[col / f.col_multiple * 64 + in_block % 4];
-      if (value >= byte_values) return THRIFTY_BAD_CODE;
-      for (size_t digit = in_block / 4; digit > 0; --digit) value /= f.radix;
-      const int digit = int(value % f.radix);
-      if (digit > 2 * f.offset) return THRIFTY_BAD_CODE;
-      codes[row * cols + col] = int8_t(digit - f.offset);
+    for (size_t block = 0; block < blocks; ++block) {
+      for (size_t j = 0; j < 4; ++j) {
+        unsigned value = lane[block * 64 + j];
+        bad |= unsigned{value >= byte_values};
+        for (size_t col = block * f.col_multiple + j; col < (block + 1) * f.col_multiple; col += 4) {
+          const unsigned rest = value * reciprocal >> 16;
+          const int digit = int(value - rest * f.radix);
+          bad |= unsigned{digit > 2 * f.offset};
+          if (col < cols) codes[row * cols + col] = int8_t(digit - f.offset);
+          value = rest;
+        }
+      }
     }
   }
-  return THRIFTY_OK;
+  return bad ? THRIFTY_BAD_CODE : THRIFTY_OK;
 }
 
 int pack_row_blocks(size_t rows, size_t cols, const int8_t* codes, uint8_t* packed) {

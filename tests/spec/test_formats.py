@@ -20,7 +20,9 @@ def test_unpack_inverts_pack(fmt, rows, cols):
     np.testing.assert_array_equal(spec.unpack(fmt, packed, rows, cols), codes)
 
 
-@pytest.mark.parametrize(("name", "bits"), [("i2", 2), ("base3", 1.6), ("row_block", 2), ("binary", 1)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("i2", 2), ("base3", 1.6), ("base3_row", 1.6), ("row_block", 2), ("binary", 1)]
+)
 def test_a_whole_tile_takes_the_bits_it_says(name, bits):
     fmt = FORMATS[name]
     assert fmt.bits_per_weight == bits

@@ -26,11 +26,11 @@ class NativeFunction:
         _FUNCTIONS[self._number] = self
 
     def on_array(self, x: np.ndarray) -> np.ndarray:
-        """float32 [..., width] of an array float32 [..., d]."""
+        """float32 [..., width] of an array [..., d]."""
         raise NotImplementedError
 
     def on_tensor(self, x: Any, width: int) -> Any:
-        """`on_array` of a float32 tensor. It has no gradient: asking for one raises ThriftyError."""
+        """`on_array` of a tensor of floats. It has no gradient: asking for one raises ThriftyError."""
         if _BACKEND == "jax":
             return _call_from_jax(self.on_array, x, width)
         if _BACKEND == "tensorflow":
@@ -73,7 +73,8 @@ def _call_from_tensorflow(function: Callable[[np.ndarray], np.ndarray], x: Any, 
 def _call_from_torch(function: NativeFunction, number: int, x: Any, width: int) -> Any:
     import torch
 
-    if torch.compiler.is_compiling() or x.requires_grad:
+    # Keras asks for shapes with tensors on the device "meta".
+    if torch.compiler.is_compiling() or x.requires_grad or x.is_meta:
         return _CALL(x, number, width)
     return _on_torch_tensor(function, x)
 
@@ -82,7 +83,7 @@ def _on_torch_tensor(function: NativeFunction, x: Any) -> Any:
     import torch
 
     _use_native(x)  # on torch's own threads
-    return torch.from_numpy(function.on_array(x.detach().cpu().numpy())).to(x.device)
+    return torch.from_numpy(function.on_array(x.detach().float().cpu().numpy())).to(x.device)
 
 
 def _torch_op() -> Callable[..., Any]:

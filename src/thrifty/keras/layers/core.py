@@ -151,10 +151,10 @@ class DenseMML(keras.layers.Layer):
 
     def call(self, inputs: Any) -> Any:
         if self.packed_dense is not None:
-            y = self.packed_dense.on_tensor(ops.cast(inputs, "float32"), self.units)
+            y = self.packed_dense.on_tensor(inputs, self.units)
         else:
             y = self._latent_product(inputs)
-        return self.activation(ops.cast(y, self.compute_dtype))
+        return self.activation(y if self.compute_dtype == "float32" else ops.cast(y, self.compute_dtype))
 
     def pack(self) -> None:
         """Replace the float kernel by ternary codes and their scale. Functions compiled before are stale.
