@@ -17,7 +17,7 @@ def pytest_report_header():
 def seed():
     keras.utils.set_random_seed(0)
     yield
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
 
 
 @pytest.fixture(params=["eager", "compiled"])
