@@ -5,7 +5,7 @@ import pytest
 from keras import ops
 
 from thrifty import spec
-from thrifty.keras.layers import DenseMML, RMSNorm, RotaryPositionalEmbedding
+from thrifty.keras.layers import CachedMultiHeadAttention, DenseMML, RMSNorm, RotaryPositionalEmbedding
 
 RNG = np.random.default_rng(0)
 
@@ -55,3 +55,21 @@ def test_rotary_positional_embedding(offset):
     x = array(2, 63, 3, 16)
     tables = spec.rope_tables(np.arange(offset, offset + 63), 16, 500_000.0)
     close(RotaryPositionalEmbedding(max_wavelength=500_000.0)(x, offset=offset), spec.apply_rope(x, *tables))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 2), (4, 4)])
+def test_cached_multi_head_attention(heads, kv_heads):
+    """With projections that only tell the heads apart, it is the spec's attention."""
+    T, cached, d = 5, 58, 10
+    q, k, v = array(T + cached, heads, d), array(T + cached, kv_heads, d), array(T + cached, kv_heads, d)
+    layer = CachedMultiHeadAttention(heads, d, use_bias=False, num_kv_heads=kv_heads)
+    query, key, value = (x.reshape(1, T + cached, -1) for x in (q, k, v))
+    layer.build(query.shape, value.shape, key.shape)
+    for kernel in layer.weights:
+        width = heads * d if kernel.shape[0] in (heads, heads * d) else kv_heads * d
+        kernel.assign(np.eye(width).reshape(kernel.shape))
+    whole, _ = layer(query, value, key)
+    close(whole[0], spec.attention(q, k, v, 0).reshape(T + cached, -1))
+    _, cache = layer(query[:, :cached], value[:, :cached], key[:, :cached], cache=layer.create_cache(1, 64), step=0)
+    output, _ = layer(query[:, cached:], value[:, cached:], key[:, cached:], cache=cache, step=cached)
+    close(output[0], spec.attention(q[cached:], k, v, cached).reshape(T, -1))
