@@ -1,4 +1,4 @@
-"""Rotary positions along any axis, from any position on."""
+"""Tokens, patches, and rotary positions along any axis, from any position on."""
 
 import keras
 import numpy as np
@@ -6,7 +6,8 @@ import pytest
 from keras import ops
 
 from thrifty.errors import ThriftyError
-from thrifty.keras.layers.embedding import RotaryPositionalEmbedding
+from thrifty.keras import pack
+from thrifty.keras.layers.embedding import PatchEmbedding, Patches, RotaryPositionalEmbedding, TokenEmbedding
 
 RNG = np.random.default_rng(0)
 
@@ -141,3 +142,103 @@ def test_what_does_not_fit_is_refused(options, offset, message):
 def test_the_number_of_features_must_be_known():
     with pytest.raises(ThriftyError, match="number of features must be known"):
         RotaryPositionalEmbedding()(keras.Input((4, None)))
+
+
+def numpy(x):
+    return ops.convert_to_numpy(x)
+
+
+@pytest.mark.parametrize("with_positions", [True, False])
+def test_a_token_is_a_row_of_a_table_plus_its_position(with_positions):
+    layer = TokenEmbedding(4, 9, 3, with_positions=with_positions)
+    tokens = np.array([[1, 8, 0], [2, 2, 2]])
+    y = numpy(layer(tokens))
+    expected = numpy(layer.tokens.embeddings)[tokens]
+    if with_positions:
+        expected = expected + numpy(layer.positions.embeddings)[:3]
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+    assert layer.compute_output_shape((None, None)) == (None, None, 3)
+    with pytest.raises(ThriftyError, match=r"\[TokenEmbedding\] sequences must have at most max_len = 4 tokens; got 5"):
+        layer(np.zeros((2, 5), np.int32))
+    with pytest.raises(ThriftyError, match="got 6"):
+        TokenEmbedding(4, 9, 3)(keras.Input((6,), dtype="int32"))
+
+
+def test_padding_is_a_mask():
+    tokens = np.array([[1, 0, 3], [0, 0, 2]])
+    masked = TokenEmbedding(4, 9, 3, mask_zero=True)(tokens)
+    np.testing.assert_array_equal(numpy(masked._keras_mask), tokens != 0)
+    assert getattr(TokenEmbedding(4, 9, 3)(tokens), "_keras_mask", None) is None
+
+
+def test_patches_go_from_left_to_right_and_top_to_bottom():
+    image = np.arange(16, dtype=np.float32).reshape(1, 4, 4, 1)
+    expected = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    np.testing.assert_array_equal(numpy(Patches(2)(image))[0], expected)
+    colours = np.arange(2 * 15 * 9 * 3, dtype=np.float32).reshape(2, 15, 9, 3)
+    y = numpy(Patches(4)(colours))
+    assert y.shape == (2, 6, 48)
+    np.testing.assert_array_equal(y[1, 3], colours[1, 4:8, 4:8].ravel())
+    assert Patches(4).compute_output_shape((None, 15, None, 3)) == (None, None, 48)
+    with pytest.raises(ThriftyError, match=r"\[Patches\] an image must hold a patch of 4 x 4; got \(3, 9\)"):
+        Patches(4)(keras.Input((3, 9, 1)))
+
+
+@pytest.mark.parametrize("use_mml", [True, False])
+def test_patches_are_projected_and_placed(use_mml):
+    layer = PatchEmbedding(5, 4, use_mml=use_mml, with_positions=True)
+    x = np.random.default_rng(0).standard_normal((2, 5, 6)).astype(np.float32)
+    y = numpy(layer(x))
+    np.testing.assert_allclose(y, numpy(layer.projection(x)) + numpy(layer.positions.embeddings), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ThriftyError, match=r"\[PatchEmbedding\] there are positions for num_patches = 5; got 4"):
+        layer(x[:, :4])
+    assert PatchEmbedding(5, 4).compute_output_shape((None, None, 6)) == (None, None, 4)
+    assert numpy(PatchEmbedding(5, 4, use_mml=use_mml)(x[:, :2])).shape == (2, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes"), [(TokenEmbedding, (4, 9, 3)), (PatchEmbedding, (5, 4)), (Patches, (2,))], ids=str
+)
+def test_sizes_are_positive_integers(layer, sizes):
+    for i in range(len(sizes)):
+        with pytest.raises(ThriftyError, match=rf"\[{layer.__name__}\] .* positive integer, got 0"):
+            layer(*sizes[:i], 0, *sizes[i + 1 :])
+
+
+def test_images_of_any_size_train_and_are_saved_and_packed(tmp_path):
+    rng = np.random.default_rng(1)
+    images, labels = rng.standard_normal((8, 6, 6, 2)).astype(np.float32), rng.integers(0, 3, 8)
+    model = keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            Patches(2),
+            PatchEmbedding(9, 5, with_positions=True),
+            keras.layers.GlobalAveragePooling1D(),
+            keras.layers.Dense(3),
+        ]
+    )
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    before = model.get_weights()
+    model.fit(images, labels, verbose=0)
+    assert all((old != new).any() for old, new in zip(before, model.get_weights(), strict=True))
+    pack(model)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert [layer.get_config() for layer in loaded.layers] == [layer.get_config() for layer in model.layers]
+    np.testing.assert_array_equal(loaded.predict(images, verbose=0), model.predict(images, verbose=0))
+    anywhere = keras.Sequential([keras.Input((None, None, 2)), Patches(2), model.layers[1].projection])
+    assert anywhere.predict(images[:, :5, :4], verbose=0).shape == (8, 4, 5)
+
+
+def test_texts_of_any_length_are_saved(tmp_path):
+    model = keras.Sequential([keras.Input((None,), dtype="int32"), TokenEmbedding(7, 9, 4, True, mask_zero=True)])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for length in (3, 7):
+        tokens = np.arange(length)[None]
+        np.testing.assert_array_equal(loaded.predict(tokens, verbose=0), model.predict(tokens, verbose=0))
+    half = TokenEmbedding(7, 300, 4, True, dtype="mixed_bfloat16")
+    tokens = np.array([[299, 257]])  # bfloat16 would round these to others
+    assert keras.backend.standardize_dtype(half(tokens).dtype) == "bfloat16"
+    table, places = numpy(half.tokens.embeddings), numpy(half.positions.embeddings)
+    np.testing.assert_allclose(numpy(ops.cast(half(tokens), "float32")), table[tokens] + places[:2], atol=2e-3)

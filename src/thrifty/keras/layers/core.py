@@ -306,8 +306,10 @@ class DenseMML(keras.layers.Layer):
 class PackedParts:
     """Mixin of layers made of `DenseMML` layers: the build config of a saved one says which of them are packed."""
 
-    def get_build_config(self) -> dict[str, Any]:
-        config = super().get_build_config() or {}
+    def get_build_config(self) -> dict[str, Any] | None:
+        config = super().get_build_config()
+        if config is None:  # of a layer that is not built: with any other, Keras takes it for built
+            return None
         return {**config, "packed": [i for i, layer in enumerate(dense_layers(self)) if layer.packed]}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
