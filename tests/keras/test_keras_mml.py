@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras_mml_files import dense_groups, sequential, write_archive, write_weights
 
-from thrifty.errors import ThriftyError
+from thrifty.errors import ThriftyError, ThriftyWarning
 from thrifty.keras import is_packed, layers, unpack
 from thrifty.keras.keras_mml import load_keras_mml
 
@@ -110,6 +110,21 @@ def test_weights_are_read_into_a_model(tmp_path):
         load_keras_mml(tmp_path / "mml.weights.h5", fewer)
 
 
+def test_norms_and_embeddings_of_patches(tmp_path):
+    kernel, gain, bias, table, last = codes(4, 8), floats(4), floats(8), floats(3, 8), floats(8)
+    path = "layers/patch_embedding"
+    groups = dense_groups(f"{path}/_projection", kernel, 2.5, np.tile(gain, (3, 1)), bias)
+    groups[f"{path}/_position_embedding"] = {"0": table}
+    groups["layers/rms_norm"] = {"0": np.tile(last, (3, 1))}
+    arguments = {"num_patches": 3, "embedding_dim": 8, "with_positions": True}
+    config = sequential([3, 4], ("PatchEmbedding", arguments), ("RMSNorm", {}))
+    write_archive(tmp_path / "mml.keras", config, groups)
+    x = floats(2, 3, 4)
+    y = dense(x, kernel, 2.5, gain, bias) + table
+    y = y / np.sqrt((y**2).mean(-1, keepdims=True)) * last
+    np.testing.assert_allclose(load_keras_mml(tmp_path / "mml.keras").predict(x, verbose=0), y, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "shape", "norm"])
 def test_damaged_kernels_name_their_layer(tmp_path, damage):
     groups = dense_groups("layers/dense_mml", codes(40, 8), 2.0, floats(40))
@@ -145,3 +160,99 @@ def test_files_that_are_not_of_keras_mml(tmp_path):
     (tmp_path / "text.keras").write_text("no zip")
     with pytest.raises(ThriftyError, match=r"a \.keras file is a zip"):
         load_keras_mml(tmp_path / "text.keras")
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def gru(x, f, c, g, out):
+    """Keras-MML's recurrence over [B, T, units], whose gates were computed."""
+    h, hs = np.zeros_like(f[:, 0]), []
+    for t in range(f.shape[1]):
+        h = f[:, t] * h + (1 - f[:, t]) * c[:, t]
+        hs.append(out(g[:, t] * h))
+    return np.stack(hs, 1)
+
+
+def test_a_recurrent_layer_tells_its_parts_apart_by_shapes_and_names(tmp_path):
+    d = units = 6  # so that both plain gates have the same shape
+    kernel, gain, bias = codes(d, 2 * units), floats(d), floats(2 * units)
+    data, output = (floats(d, units), floats(units)), (floats(units, units), floats(units))
+    path = "layers/grumml/cell"
+    groups = dense_groups(f"{path}/_gates", kernel, 2.5, gain, bias)
+    groups[f"{path}/_output_gate"] = {"0": output[0], "1": output[1]}
+    groups[f"{path}/_data_gate"] = {"0": data[0], "1": data[1]}
+    arguments = {"units": units, "fully_mml": False, "num_heads": 2, "return_sequences": True, "cell": {}}
+    write_archive(tmp_path / "mml.keras", sequential([7, d], ("GRUMML", arguments)), groups)
+    x = floats(3, 7, d)
+    f, c = np.split(dense(x, kernel, 2.5, gain, bias), 2, -1)
+    y = gru(x, sigmoid(f), c * sigmoid(c), sigmoid(x @ data[0] + data[1]), lambda o: o @ output[0] + output[1])
+    found = load_keras_mml(tmp_path / "mml.keras").predict(x, verbose=0)
+    np.testing.assert_allclose(found, y, rtol=1e-3, atol=1e-3)
+
+
+def test_real_and_imaginary_parts_of_lru(tmp_path):
+    d, units, state = 5, 4, 6
+    b = [(codes(d, state), floats(d)) for _ in range(2)]
+    c, last = [floats(state, units) for _ in range(2)], floats(d, units)
+    nu, theta, gamma = floats(state), floats(state), floats(state)
+    path = "layers/lrumml/cell"
+    groups = {path: {"0": nu, "1": theta, "2": gamma}}
+    for name, (kernel, gain) in zip(("real", "imag"), b, strict=True):
+        groups |= dense_groups(f"{path}/b_{name}", kernel, 1.5, gain)
+    groups |= {f"{path}/c_real": {"0": c[0]}, f"{path}/c_imag": {"0": c[1]}, f"{path}/d": {"0": last}}
+    config = sequential([9, d], ("LRUMML", {"units": units, "state_dim": state}))
+    write_archive(tmp_path / "mml.keras", config, groups)
+    x = floats(2, 9, d)
+    bx = dense(x, b[0][0], 1.5, b[0][1], 0) + 1j * dense(x, b[1][0], 1.5, b[1][1], 0)
+    h = np.zeros((2, state), complex)
+    for t in range(9):
+        h = np.exp(-np.exp(nu) + 1j * np.exp(theta)) * h + np.exp(gamma) * bx[:, t]
+    y = (h @ (c[0] + 1j * c[1])).real + x[:, -1] @ last
+    found = load_keras_mml(tmp_path / "mml.keras").predict(x, verbose=0)
+    np.testing.assert_allclose(found, y, rtol=1e-3, atol=2e-3)
+
+
+def block(path: str, norms: tuple[str, str], length: int = 3, width: int = 4):
+    """The groups of a TransformerBlockMML of width 4, and what it answers."""
+    tiled = lambda gain: np.tile(gain, (length, 1))  # noqa: E731
+    parts = [
+        (codes(width, 3 * width), floats(width), floats(3 * width)),
+        (codes(width, width), floats(width), floats(width)),
+    ]
+    parts += [(codes(width, 10), floats(width), floats(10)), (codes(5, width), floats(5), floats(width))]
+    gains = floats(width), floats(width)
+    names = ("_attention/_gru/cell/_kernel", "_attention/_gru/cell/_output_gate", "_ffn/_hidden", "_ffn/_output")
+    groups = {}
+    for name, (kernel, gain, bias) in zip(names, parts, strict=True):
+        rows = gain if "cell" in name else tiled(gain)
+        groups |= dense_groups(f"{path}/{name}", kernel, 2.0, rows, bias)
+    groups |= {f"{path}/{name}": {"0": tiled(gain)} for name, gain in zip(norms, gains, strict=True)}
+
+    def answer(x):
+        f, c, g = np.split(dense(x, parts[0][0], 2.0, *parts[0][1:]), 3, -1)
+        mixed = gru(x, sigmoid(f), c * sigmoid(c), sigmoid(g), lambda o: dense(o, parts[1][0], 2.0, *parts[1][1:]))
+        a = x + mixed
+        a = a / np.sqrt((a**2).mean(-1, keepdims=True)) * gains[0]
+        gate, up = np.split(dense(a, parts[2][0], 2.0, *parts[2][1:]), 2, -1)
+        y = a + dense(gate * sigmoid(gate) * up, parts[3][0], 2.0, *parts[3][1:])
+        return y / np.sqrt((y**2).mean(-1, keepdims=True)) * gains[1]
+
+    return groups, answer
+
+
+@pytest.mark.parametrize("norms", [("_attention_norm", "_feed_forward_norm"), ("_norm_1", "_norm_2")])
+def test_a_block_warns_where_names_do_not_tell_its_norms_apart(tmp_path, norms):
+    groups, answer = block("layers/transformer_block_mml", norms)
+    arguments = {"embedding_dim": 4, "ffn_dim": 5, "num_heads": 2}
+    write_archive(tmp_path / "mml.keras", sequential([3, 4], ("TransformerBlockMML", arguments)), groups)
+    if norms[0] == "_norm_1":
+        with pytest.warns(
+            ThriftyWarning, match=r"_norm_1, .*_norm_2 were taken for .*attention_norm, .*feed_forward_norm"
+        ):
+            model = load_keras_mml(tmp_path / "mml.keras")
+    else:
+        model = load_keras_mml(tmp_path / "mml.keras")
+    x = floats(2, 3, 4)
+    np.testing.assert_allclose(model.predict(x, verbose=0), answer(x), rtol=0.01, atol=0.01)
