@@ -1,11 +1,20 @@
 """Every Keras layer against the spec, on the same arrays, on the backend that KERAS_BACKEND names."""
 
+import keras
 import numpy as np
 import pytest
+import torch
 from keras import ops
 
-from thrifty import spec
-from thrifty.keras.layers import CachedMultiHeadAttention, DenseMML, RMSNorm, RotaryPositionalEmbedding
+from thrifty import nn, spec
+from thrifty.keras.layers import (
+    CachedMultiHeadAttention,
+    DenseMML,
+    DynamicMaskAttention,
+    RMSNorm,
+    RotaryPositionalEmbedding,
+)
+from thrifty.keras.layers.dynamic_mask_attention import dynamic_mask_attention
 
 RNG = np.random.default_rng(0)
 
@@ -14,8 +23,9 @@ def array(*shape: int) -> np.ndarray:
     return RNG.standard_normal(shape).astype(np.float32)
 
 
-def close(actual, expected: np.ndarray) -> None:
-    atol = spec.TOLERANCES["float32"] * np.abs(expected).max()
+def close(actual, expected: np.ndarray, tolerance: float = spec.TOLERANCES["float32"], least: float = 0) -> None:
+    """Equal but for that share of the largest magnitude, or of `least` where all is smaller."""
+    atol = tolerance * max(least, np.abs(expected).max())
     np.testing.assert_allclose(ops.convert_to_numpy(actual), expected, rtol=0, atol=atol)
 
 
@@ -73,3 +83,144 @@ def test_cached_multi_head_attention(heads, kv_heads):
     _, cache = layer(query[:, :cached], value[:, :cached], key[:, :cached], cache=layer.create_cache(1, 64), step=0)
     output, _ = layer(query[:, cached:], value[:, cached:], key[:, cached:], cache=cache, step=cached)
     close(output[0], spec.attention(q[cached:], k, v, cached).reshape(T, -1))
+
+
+def compiled(function):
+    """As the backend's compiler makes it; torch runs it as it is."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(function)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)
+    return function
+
+
+def with_gradients(layer: keras.layers.Layer, x: np.ndarray, g: np.ndarray, **options) -> tuple[np.ndarray, list]:
+    """y = layer(x), and the gradients of sum(g y) by x and by each trainable variable."""
+    variables = layer.trainable_variables
+    if keras.backend.backend() == "jax":
+        import jax
+
+        def total(x, values):
+            y, _ = layer.stateless_call(values, [v.value for v in layer.non_trainable_variables], x, **options)
+            return (y * g).sum(), y
+
+        differentiate = compiled(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+        (_, y), (by_x, by_values) = differentiate(x, [v.value for v in variables])
+        return y, [by_x, *by_values]
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        def differentiate(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, **options)
+                total = tf.reduce_sum(y * g)
+            return y, [tf.convert_to_tensor(t) for t in tape.gradient(total, [x, *(v.value for v in variables)])]
+
+        return compiled(differentiate)(tf.constant(x))
+    leaf = torch.tensor(x, requires_grad=True)
+    y = layer(leaf, **options)
+    return y, list(torch.autograd.grad((y * torch.from_numpy(g)).sum(), [leaf, *(v.value for v in variables)]))
+
+
+def is_kernel(variable: keras.Variable) -> bool:
+    """Whether torch has it transposed."""
+    return variable.name == "kernel"
+
+
+def same_as_torch(layer, module, pairs, x: np.ndarray, options: dict, given: dict) -> None:
+    """Outputs and all gradients. pairs: variables of Keras and parameters of torch."""
+    for variable, parameter in pairs:
+        value = parameter.detach().numpy()
+        variable.assign(value.T if is_kernel(variable) else value)
+    g = array(*x.shape)
+    y, (by_x, *by_variables) = with_gradients(layer, x, g, **options)
+    leaf = torch.tensor(x, requires_grad=True)
+    expected = module(leaf, **given)
+    (expected * torch.from_numpy(g)).sum().backward()
+    close(y, expected.detach().numpy())
+    # Gradients are sums over tokens of terms that cancel in part; some, as that of the bias of keys, cancel to zero.
+    tolerance = 3 * spec.TOLERANCES["float32"]
+    close(by_x, leaf.grad.numpy(), tolerance)
+    parameters = {id(variable): parameter for variable, parameter in pairs}
+    for variable, gradient in zip(layer.trainable_variables, by_variables, strict=True):
+        parameter = parameters.get(id(variable))
+        if parameter is not None:
+            wanted = parameter.grad.numpy()
+            close(gradient, wanted.T if is_kernel(variable) else wanted, tolerance, least=1)
+
+
+def linear_pairs(dense, module) -> list:
+    pairs = [(dense.kernel, module.weight)]
+    return pairs if module.bias is None else [*pairs, (dense.bias, module.bias)]
+
+
+@pytest.mark.parametrize(
+    ("T", "heads", "kv_heads", "score_heads", "window"),
+    [
+        (1, 2, 1, 2, 1),
+        (63, 4, 2, 2, 5),
+        (257, 4, 2, 4, 17),
+        (257, 2, 2, 2, 100),
+        (500, 2, 1, 1, 128),
+        (63, 3, 3, 3, None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:You are using a softmax over axis -1")
+def test_dynamic_mask_attention(T, heads, kv_heads, score_heads, window):
+    q, k, v, scores = (
+        array(2, T, heads, 10),
+        array(2, T, kv_heads, 10),
+        array(2, T, kv_heads, 10),
+        array(2, T, score_heads),
+    )
+    scores[:, ::3] = 0.5
+    attend = compiled(lambda *tensors: dynamic_mask_attention(*tensors, window))
+    y = attend(*(ops.convert_to_tensor(t) for t in (q, k, v, scores)))
+    for arrays, answer in zip(zip(q, k, v, scores, strict=True), y, strict=True):
+        close(answer, spec.dynamic_mask_attention(*arrays, window))
+
+
+@pytest.mark.parametrize("linear", ["dense", "ternary"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_kv_heads": 2, "window": 9, "use_bias": True},
+        {"num_kv_heads": 1, "window": 70, "dt_heads": "attention", "rope_theta": 500.0},
+        {"selection": "none", "qk_norm": True, "sub_norm": True},
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_dynamic_mask_attention_as_in_torch(linear, options, padded):
+    T, d, heads, key_dim = 100, 24, 4, 6
+    x, mask = array(2, T, d), np.ones((2, T), bool)
+    mask[0, :30] = mask[1, 80:] = not padded
+    layer = DynamicMaskAttention(heads, key_dim, linear=linear, **options)
+    layer.build((None, None, d))
+    shared = {
+        name: options[name] for name in ("window", "selection", "dt_heads", "qk_norm", "sub_norm") if name in options
+    }
+    module = nn.DynamicMaskAttention(
+        *(d, heads, options.get("num_kv_heads"), key_dim),
+        bias=options.get("use_bias", False),
+        weight=linear,
+        **shared,
+    )
+    torch.nn.init.normal_(module.A)
+    names = ("q_proj", "k_proj", "v_proj", "dt_proj", "o_proj")
+    pairs = [pair for name in names for pair in linear_pairs(getattr(layer, name), getattr(module, name))]
+    pairs.append((layer.A, module.A))
+    for ours, theirs in ((layer.q_norm, module.q_norm), (layer.k_norm, module.k_norm)):
+        pairs += [] if theirs is None else [(ours.gain, torch.nn.init.normal_(theirs.weight))]
+    if module.attn_sub_norm is not None:
+        pairs.append((layer.attn_sub_norm.gain, torch.nn.init.normal_(module.attn_sub_norm.weight)))
+    rotary = None
+    if "rope_theta" in options:
+        tables = spec.rope_tables(np.arange(T), key_dim, options["rope_theta"])
+        rotary = tuple(torch.from_numpy(table) for table in tables)
+    given = {"rotary": rotary, "mask": torch.from_numpy(mask) if padded else None}
+    same_as_torch(layer, module, pairs, x, {"mask": mask} if padded else {}, given)

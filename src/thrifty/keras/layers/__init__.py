@@ -3,6 +3,7 @@
 from thrifty.keras.layers.activations import GLUMML, BilinearMML, GeGLUMML, ReGLUMML, SeGLUMML, SwiGLUMML
 from thrifty.keras.layers.cached_attention import CachedMultiHeadAttention
 from thrifty.keras.layers.core import DenseMML, RMSNorm
+from thrifty.keras.layers.dynamic_mask_attention import DynamicMaskAttention
 from thrifty.keras.layers.embedding import PatchEmbedding, Patches, RotaryPositionalEmbedding, TokenEmbedding
 from thrifty.keras.layers.recurrent import GRUMML, LRUMML, GRUCellMML, LRUCellMML
 from thrifty.keras.layers.reshaping import Divide, Merge
@@ -17,6 +18,7 @@ __all__ = [
     "CachedMultiHeadAttention",
     "DenseMML",
     "Divide",
+    "DynamicMaskAttention",
     "FeedForwardGate",
     "GRUCellMML",
     "GeGLUMML",
