@@ -372,7 +372,7 @@ def _straight_through(x: Any, y: Any) -> Any:
 
 
 def _round_bf16(x: Any) -> Any:
-    # A cast there and back may be optimised away by a compiler.
-    bits = ops.view(ops.cast(x, "float32"), "int32")
+    # A cast there and back may be optimised away by a compiler; Keras 3.12 views no scalar on TensorFlow.
+    bits = ops.view(ops.reshape(x, (1,)), "int32")
     bits = bits + 0x7FFF + ops.bitwise_and(ops.right_shift(bits, 16), 1)
-    return ops.view(ops.bitwise_and(bits, -0x10000), "float32")
+    return ops.reshape(ops.view(ops.bitwise_and(bits, -0x10000), "float32"), ())
