@@ -1,5 +1,7 @@
 """Attention with a cache answers what it answers without one."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -29,12 +31,24 @@ def attention(**options) -> CachedMultiHeadAttention:
     return CachedMultiHeadAttention(4, 5, bias_initializer="random_normal", **options)
 
 
-def stepped(layer, x: np.ndarray, cache, chunks: list[int], start: int = 0, **options):
+@functools.cache
+def shared(**options):
+    """A layer, and calls of it, which JAX compiles as a whole: op by op takes it long."""
+    layer = attention(**options)
+    layer.build((2, 6, 12), (2, 6, 12))
+    if keras.config.backend() != "jax":
+        return layer, layer
+    import jax
+
+    return layer, jax.jit(layer, static_argnames=("return_attention_scores", "use_causal_mask"))
+
+
+def stepped(call, x: np.ndarray, cache, chunks: list[int], start: int = 0, **options):
     """The outputs of chunks of x from slot `start` on, one after the other, and the cache."""
     outputs, first = [], start
     for length in chunks:
         chunk = x[:, first - start : first - start + length]
-        output, cache = layer(chunk, chunk, cache=cache, step=first, **options)
+        output, cache = call(chunk, chunk, cache=cache, step=first, **options)
         outputs.append(numpy(output))
         first += length
     return np.concatenate(outputs, axis=1), cache
@@ -56,12 +70,12 @@ def test_without_a_cache_it_is_keras(causal, length):
 
 @pytest.mark.parametrize("options", [*HEADS, {"sliding_window": 3}])
 def test_steps_and_chunks_answer_as_the_whole_does(options):
-    x, layer = array(2, 6, 12), attention(**options)
-    whole, scores, _ = layer(x, x, return_attention_scores=True)
+    x, (layer, call) = array(2, 6, 12), shared(**options)
+    whole, scores, _ = call(x, x, return_attention_scores=True)
     for chunks in ([1] * 6, [6], [4, 1, 1]):
-        output, cache = stepped(layer, x, layer.create_cache(2, 8), chunks)
+        output, cache = stepped(call, x, layer.create_cache(2, 8), chunks)
         close(output, whole)
-    output, parts, _ = layer(x[:, 5:], x[:, 5:], cache=cache, step=5, return_attention_scores=True)
+    output, parts, _ = call(x[:, 5:], x[:, 5:], cache=cache, step=5, return_attention_scores=True)
     close(output, numpy(whole)[:, 5:])
     parts = numpy(parts)
     close(parts[..., :6], numpy(scores)[:, :, 5:])
@@ -70,42 +84,42 @@ def test_steps_and_chunks_answer_as_the_whole_does(options):
 
 @pytest.mark.parametrize("options", HEADS)
 def test_appending_answers_as_the_whole_does(options):
-    x, layer = array(2, 6, 12), attention(**options)
-    whole, _ = layer(x, x)
+    x, (layer, call) = array(2, 6, 12), shared(**options)
+    whole, _ = call(x, x)
     cache, outputs = layer.create_cache(2, 0), []
     for first, last in ((0, 4), (4, 5), (5, 6)):
-        output, cache = layer(x[:, first:last], x[:, first:last], cache=cache)
+        output, cache = call(x[:, first:last], x[:, first:last], cache=cache)
         assert cache.shape[2] == last
         outputs.append(numpy(output))
     close(np.concatenate(outputs, axis=1), whole)
-    _, filled = stepped(layer, x, layer.create_cache(2, 8), [4, 1, 1])
+    _, filled = stepped(call, x, layer.create_cache(2, 8), [4, 1, 1])
     close(cache, numpy(filled)[:, :, :6])
 
 
 @pytest.mark.parametrize("garbage", [7.0, 1e30, np.nan])
 @pytest.mark.parametrize("causal", [True, False])
 def test_what_was_never_written_changes_nothing(garbage, causal):
-    x, layer = array(2, 5, 12), attention(num_kv_heads=2)
+    x, (layer, call) = array(2, 5, 12), shared(num_kv_heads=2)
     clean = layer.create_cache(2, 8)
-    expected, _ = stepped(layer, x, clean, [4, 1], use_causal_mask=causal)
-    output, _ = stepped(layer, x, np.full_like(numpy(clean), garbage), [4, 1], use_causal_mask=causal)
+    expected, _ = stepped(call, x, clean, [4, 1], use_causal_mask=causal)
+    output, _ = stepped(call, x, np.full_like(numpy(clean), garbage), [4, 1], use_causal_mask=causal)
     np.testing.assert_array_equal(numpy(output), numpy(expected))
 
 
 def test_without_the_causal_mask_a_chunk_sees_all_of_itself():
-    x, layer = array(2, 6, 12), attention()
-    whole, _ = layer(x, x, use_causal_mask=False)
-    output, _ = stepped(layer, x, layer.create_cache(2, 8), [6], use_causal_mask=False)
+    x, (layer, call) = array(2, 6, 12), shared()
+    whole, _ = call(x, x, use_causal_mask=False)
+    output, _ = stepped(call, x, layer.create_cache(2, 8), [6], use_causal_mask=False)
     close(output, whole)
-    last, _ = layer(x[:, :2], x, cache=layer.create_cache(2, 8), step=0, use_causal_mask=False)
+    last, _ = call(x[:, :2], x, cache=layer.create_cache(2, 8), step=0, use_causal_mask=False)
     close(last, numpy(whole)[:, :2])
 
 
 def test_a_slot_is_overwritten():
-    x, layer = array(2, 6, 12), attention()
-    whole, _ = layer(x, x)
-    _, cache = stepped(layer, array(2, 6, 12), layer.create_cache(2, 8), [6])
-    output, _ = stepped(layer, x, cache, [4, 1, 1])
+    x, (layer, call) = array(2, 6, 12), shared()
+    whole, _ = call(x, x)
+    _, cache = stepped(call, array(2, 6, 12), layer.create_cache(2, 8), [6])
+    output, _ = stepped(call, x, cache, [4, 1, 1])
     close(output, whole)
 
 
@@ -161,16 +175,16 @@ def test_grouped_heads_are_repeated_heads():
 @pytest.mark.parametrize("options", HEADS)
 def test_an_attention_mask_over_the_cache_hides_padding(options):
     """Texts padded on the left answer as they do alone."""
-    x, layer = array(2, 6, 12), attention(**options)
+    x, (layer, call) = array(2, 6, 12), shared(**options)
     padding = np.array([2, 0])
     slots = np.arange(8)[None, None] >= padding[:, None, None]  # [B, 1, S]
-    output, cache = stepped(layer, x, layer.create_cache(2, 8), [4], attention_mask=np.repeat(slots, 4, axis=1))
-    more, cache = stepped(layer, x[:, 4:], cache, [1, 1], start=4, attention_mask=slots)
-    per_head, _ = stepped(layer, x[:, 5:], cache, [1], start=5, attention_mask=np.repeat(slots[:, None], 4, axis=1))
+    output, cache = stepped(call, x, layer.create_cache(2, 8), [4], attention_mask=np.repeat(slots, 4, axis=1))
+    more, cache = stepped(call, x[:, 4:], cache, [1, 1], start=4, attention_mask=slots)
+    per_head, _ = stepped(call, x[:, 5:], cache, [1], start=5, attention_mask=np.repeat(slots[:, None], 4, axis=1))
     output = np.concatenate([output, more], axis=1)
     close(per_head, output[:, 5:])
-    close(output[1:], layer(x[1:], x[1:])[0])
-    close(output[:1, 2:], layer(x[:1, 2:], x[:1, 2:])[0])
+    close(output[1:], call(x[1:], x[1:])[0])
+    close(output[:1, 2:], call(x[:1, 2:], x[:1, 2:])[0])
 
 
 @pytest.mark.parametrize("options", HEADS)
@@ -186,13 +200,14 @@ def test_masks_of_keras(options):
         close(numpy(output)[row : row + 1, :length], layer(alone, alone, use_causal_mask=False)[0])
     embedded = keras.layers.Embedding(3, 12, mask_zero=True)(tokens)
     with pytest.raises(ThriftyError, match="a cache does not remember masks"):
-        layer(embedded, embedded, cache=layer.create_cache(2, 5), step=0)
-    layer(embedded, embedded, cache=layer.create_cache(2, 5), step=0, attention_mask=mask[:, None])
+        layer(embedded, embedded, cache=layer.create_cache(2, 8), step=0)
+    everything = np.ones((2, 1, 8), bool)
+    output, _ = layer(embedded, embedded, cache=layer.create_cache(2, 8), step=0, attention_mask=everything)
+    close(output, layer(numpy(embedded), numpy(embedded))[0])
 
 
-@pytest.mark.parametrize("options", HEADS)
-def test_low_precision(options):
-    x, layer = array(2, 6, 12), attention(dtype="mixed_bfloat16", **options)
+def test_low_precision():
+    x, layer = array(2, 6, 12), attention(dtype="mixed_bfloat16", num_kv_heads=2)
     cache = layer.create_cache(2, 8)
     assert keras.backend.standardize_dtype(cache.dtype) == "bfloat16"
     whole, _ = layer(x, x)
@@ -231,9 +246,8 @@ def test_a_model_trains_without_a_cache(options):
     assert all((a != b).any() for a, b in zip(model.get_weights()[::2], before[::2], strict=True))
 
 
-@pytest.mark.parametrize("options", HEADS)
-def test_dropout_is_for_training(options):
-    x, layer = array(2, 6, 12), attention(dropout=0.5, **options)
+def test_dropout_is_for_training():
+    x, layer = array(2, 6, 12), attention(dropout=0.5, num_kv_heads=2)
     np.testing.assert_array_equal(numpy(layer(x, x)[0]), numpy(layer(x, x)[0]))
     assert (numpy(layer(x, x, training=True)[0]) != numpy(layer(x, x)[0])).any()
 

@@ -105,6 +105,13 @@ def test_a_compiled_model_is_saved_and_loaded(tmp_path, sparse):
     assert loaded.evaluate(PREDICTED, true, sample_weight=weights, verbose=0, return_dict=True) == expected
 
 
+def test_callbacks_know_that_more_is_better():
+    model = keras.Sequential([keras.Input((4, 3)), keras.layers.Dense(3)])
+    model.compile("sgd", "mse", metrics=[CategoricalGroupAccuracy(group=2, name="pairs")])
+    stop = keras.callbacks.EarlyStopping(monitor="pairs", mode="auto")
+    assert "pairs" in model.fit(np.eye(4, 3)[None], np.eye(4, 3)[None], callbacks=[stop], verbose=0).history
+
+
 @pytest.mark.parametrize(
     "metric",
     [

@@ -32,8 +32,9 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
     of a tensor is not looked at (JAX and TensorFlow then move the chunk to the end of the cache, torch fails).
 
     ThriftyError too: a cache of another shape; a cache while training (what is cached passes no gradients on); a Keras
-    mask of `value` or `key` beside a cache but no attention_mask (a cache does not remember masks); a cache or
-    num_kv_heads with other than three axes, or with use_gate; a cache with value_dim other than key_dim.
+    mask of `value` or `key` beside a cache, unless attention_mask says instead what to see (a cache does not remember
+    masks); a cache or num_kv_heads with other than three axes, or with use_gate; a cache with value_dim other than
+    key_dim.
     """
 
     def __init__(
