@@ -13,8 +13,8 @@ if _keras.backend.backend() not in ("torch", "jax", "tensorflow"):
         f"[keras] KERAS_BACKEND must be torch, jax or tensorflow; got '{_keras.backend.backend()}'; set one of these"
     )
 
-from thrifty.keras import layers
+from thrifty.keras import layers, metrics
 from thrifty.keras.keras_mml import load_keras_mml
 from thrifty.keras.packing import is_packed, pack, unpack
 
-__all__ = ["is_packed", "layers", "load_keras_mml", "pack", "unpack"]
+__all__ = ["is_packed", "layers", "load_keras_mml", "metrics", "pack", "unpack"]
