@@ -28,14 +28,14 @@ demo: setup
 	$(BIN)/thrifty demo
 
 # Keras takes its backend when it is imported, so its tests run once in a process for each.
-KERAS_TESTS := tests/keras tests/contracts/test_keras.py
+KERAS_TESTS := tests/contracts/test_keras.py tests/keras
 
 test: setup
 	$(BIN)/python -m pytest --cov --cov-report= $(addprefix --ignore=,$(KERAS_TESTS))
-	for backend in torch jax tensorflow; do \
-		echo "== KERAS_BACKEND=$$backend"; \
-		KERAS_BACKEND=$$backend $(BIN)/python -m pytest --cov --cov-append --cov-report= $(KERAS_TESTS) || exit 1; \
-	done
+	for backend in torch jax tensorflow; do for tests in $(KERAS_TESTS); do \
+		echo "== KERAS_BACKEND=$$backend $$tests"; \
+		KERAS_BACKEND=$$backend $(BIN)/python -m pytest --cov --cov-append --cov-report= $$tests || exit 1; \
+	done; done
 	$(BIN)/python -m coverage report
 
 test-sanitize: setup
