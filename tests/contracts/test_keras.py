@@ -9,6 +9,7 @@ from keras import ops
 from thrifty import nn, spec
 from thrifty.keras.layers import (
     CachedMultiHeadAttention,
+    CrossDomainMoE,
     DenseMML,
     DynamicMaskAttention,
     RMSNorm,
@@ -224,3 +225,39 @@ def test_dynamic_mask_attention_as_in_torch(linear, options, padded):
         rotary = tuple(torch.from_numpy(table) for table in tables)
     given = {"rotary": rotary, "mask": torch.from_numpy(mask) if padded else None}
     same_as_torch(layer, module, pairs, x, {"mask": mask} if padded else {}, given)
+
+
+@pytest.mark.parametrize("linear", ["dense", "ternary"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_heads": 3, "norm_topk_prob": True},
+        {"router": "linear", "use_bias": False},
+        {"experts_per_head": 49, "activation": "gelu", "router_aux_loss_coef": 0.5},
+    ],
+)
+def test_cross_domain_moe_as_in_torch(linear, options):
+    d, arguments = 24, {"num_experts": 49, "experts_per_head": 5, "key_dim": 8, "intermediate_dim": 40, **options}
+    x, layer = array(2, 10, d), CrossDomainMoE(linear=linear, **arguments)
+    layer.build((None, None, d))
+    module = nn.CDMoE(
+        *(d, arguments.get("activation", "silu"), 40, 8, 49),
+        *(arguments.get("num_heads", 1), arguments["experts_per_head"]),
+        router=arguments.get("router", "product_key_heads"),
+        norm_topk_prob=arguments.get("norm_topk_prob", False),
+        bias=arguments.get("use_bias", True),
+        weight=linear,
+    )
+    names = ("gate_proj", "up_proj", "down_proj")
+    pairs = [pair for name in names for pair in linear_pairs(getattr(layer, name), getattr(module, name))]
+    pairs += [(layer.down_embed, module.down_embed.weight), (layer.up_embed, module.up_embed.weight)]
+    if layer.keys is None:
+        pairs.append((layer.router_proj.kernel, module.router_gate.weight))
+    else:
+        pairs += [(layer.router_proj.kernel, module.queries.weight), (layer.keys, module.keys)]
+    same_as_torch(layer, module, pairs, x, {}, {})
+    if layer.router_aux_loss_coef:
+        layer(x)
+        _, logits = module(torch.from_numpy(x), output_router_logits=True)
+        loss = nn.load_balance_loss(logits, layer.experts_per_head)
+        close(layer.losses[-1], 0.5 * loss.detach().numpy())

@@ -5,6 +5,7 @@ from thrifty.keras.layers.cached_attention import CachedMultiHeadAttention
 from thrifty.keras.layers.core import DenseMML, RMSNorm
 from thrifty.keras.layers.dynamic_mask_attention import DynamicMaskAttention
 from thrifty.keras.layers.embedding import PatchEmbedding, Patches, RotaryPositionalEmbedding, TokenEmbedding
+from thrifty.keras.layers.product_key_experts import CrossDomainMoE
 from thrifty.keras.layers.recurrent import GRUMML, LRUMML, GRUCellMML, LRUCellMML
 from thrifty.keras.layers.reshaping import Divide, Merge
 from thrifty.keras.layers.transformer import AttentionMML, FeedForwardGate, TransformerBlockMML
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionMML",
     "BilinearMML",
     "CachedMultiHeadAttention",
+    "CrossDomainMoE",
     "DenseMML",
     "Divide",
     "DynamicMaskAttention",

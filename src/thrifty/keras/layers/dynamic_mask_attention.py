@@ -240,7 +240,7 @@ def _rows(ranks: Any, order: Any) -> Any:
     B, T, h = ops.shape(order)
     places = ops.reshape(ops.maximum(ranks - 1, 0), (B, h, -1))
     positions = ops.take_along_axis(ops.transpose(order, (0, 2, 1)), places, axis=-1)
-    rows = (ops.arange(B)[:, None, None] * T + positions) * h + ops.arange(h)[:, None]
+    rows = (ops.arange(B, dtype="int32")[:, None, None] * T + positions) * h + ops.arange(h, dtype="int32")[:, None]
     return ops.reshape(rows, ops.shape(ranks))
 
 
@@ -250,7 +250,7 @@ def _seen(old: Any, new: Any, window: int | None) -> Any:
     old: ranks [B, h, n, W], best first, or None; new: ranks [B, h, n, size]. Returns bool [B, h, n, size, W + size].
     """
     size = ops.shape(new)[-1]
-    places = ops.arange(size)
+    places = ops.arange(size, dtype="int32")
     own = ops.logical_and(places <= places[:, None], new[..., None, :] > 0)
     if window is None:
         return own
