@@ -8,6 +8,9 @@ from keras import ops
 
 from thrifty import nn, spec
 from thrifty.keras.layers import (
+    GLUMML,
+    GRUMML,
+    LRUMML,
     CachedMultiHeadAttention,
     CrossDomainMoE,
     DenseMML,
@@ -261,3 +264,60 @@ def test_cross_domain_moe_as_in_torch(linear, options):
         _, logits = module(torch.from_numpy(x), output_router_logits=True)
         loss = nn.load_balance_loss(logits, layer.experts_per_head)
         close(layer.losses[-1], 0.5 * loss.detach().numpy())
+
+
+def close_but_for_ties(actual, expected: np.ndarray) -> None:
+    """What was quantised after a sum in another order: a value at a tie gets either code, which moves its row a bit."""
+    difference = np.abs(ops.convert_to_numpy(actual) - expected) / np.abs(expected).max()
+    assert np.mean(difference > spec.TOLERANCES["float32"]) < 0.02
+    assert difference.max() < 0.02
+
+
+def plain_or_ternary(x: np.ndarray, layer) -> np.ndarray:
+    if isinstance(layer, DenseMML):
+        return dense(x, layer)
+    kernel, bias = (None if v is None else ops.convert_to_numpy(v) for v in (layer.kernel, layer.bias))
+    return x @ kernel if bias is None else x @ kernel + bias
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "relu", "gelu", "silu"])
+def test_glu(activation):
+    x, layer = array(3, 5, 63), GLUMML(17, intermediate_size=31, activation=activation)
+    layer.build(x.shape)
+    gate, up = np.split(dense(x, layer.gate_and_up), 2, -1)
+    close_but_for_ties(layer(x), dense(spec.glu(gate, up, activation), layer.down))
+
+
+@pytest.mark.parametrize("fully_mml", [False, True])
+@pytest.mark.parametrize("steps", [1, 63])
+def test_gru(steps, fully_mml):
+    x, state = array(2, steps, 17), array(2, 3, 5)
+    layer = GRUMML(15, fully_mml, num_heads=3, bias_initializer="random_normal", return_sequences=True)
+    layer.build(x.shape)
+    cell, sigmoid = layer.cell, spec.ACTIVATIONS["sigmoid"]
+    gates = dense(x, cell.kernel)
+    f, c = sigmoid(gates[..., :15]), spec.ACTIVATIONS["silu"](gates[..., 15:30])
+    g = sigmoid(gates[..., 30:] if fully_mml else plain_or_ternary(x, cell.data_gate))
+    h = np.stack([spec.mlgru(*row) for row in zip(f, c, state.reshape(2, 15), strict=True)])
+    close_but_for_ties(layer(x, initial_state=state), plain_or_ternary(g * h, cell.output_gate))
+
+
+@pytest.mark.parametrize("fully_mml", [False, True])
+@pytest.mark.parametrize("steps", [1, 63])
+def test_lru(steps, fully_mml):
+    x = array(2, steps, 17)
+    layer = LRUMML(5, 9, fully_mml, use_bias=True, return_sequences=True)
+    layer.build(x.shape)
+    cell = layer.cell
+    nu, theta, gamma = (np.exp(ops.convert_to_numpy(log)) for log in (cell.nu_log, cell.theta_log, cell.gamma_log))
+    update = gamma * (dense(x, cell.B_re) + 1j * dense(x, cell.B_im))
+    h = np.zeros((2, 9), np.complex64)
+    states = np.empty((2, steps, 9), np.complex64)
+    for t in range(steps):
+        h = np.exp(-nu + 1j * theta) * h + update[:, t]
+        states[:, t] = h
+    real, imaginary = (
+        plain_or_ternary(np.ascontiguousarray(part), matrix)
+        for part, matrix in ((states.real, cell.C_re), (states.imag, cell.C_im))
+    )
+    close_but_for_ties(layer(x), real - imaginary + plain_or_ternary(x, cell.D))

@@ -5,7 +5,7 @@ from keras import ops
 
 from thrifty.errors import ThriftyError
 from thrifty.keras import is_packed, pack
-from thrifty.keras.layers import GRUMML, LRUMML, GRUCellMML, LRUCellMML
+from thrifty.keras.layers import GRUMML, LRUMML, GRUCellMML, LRUCellMML, recurrent
 from thrifty.keras.layers.core import dense_layers
 from thrifty.keras.packed_dense import PackedDense
 
@@ -77,6 +77,21 @@ def test_a_sequence_gives_what_its_steps_give(make_any, sequences, backwards):
     assert_close(run(layer, x, initial_state=start), run(step_form(layer), x, initial_state=[start]))
 
 
+def test_long_sequences_give_what_their_steps_give(make, monkeypatch):
+    """Longer than what is projected at a time, and no multiple of it; masked and not."""
+    monkeypatch.setattr(recurrent, "BLOCK_INPUTS", 32 * BATCH * FEATURES)
+    layer = make(return_sequences=True, return_state=True)
+    x, kept = inputs(101), np.random.default_rng(4).random((BATCH, 101)) > 0.2
+    outputs, state = run(layer, x)
+    assert_close([outputs, state], run(step_form(layer), x))
+    layer.return_sequences = False
+    assert_close(run(layer, x), [outputs[:, -1], state])
+    layer.return_sequences = True
+    masked, masked_state = run(layer, x, mask=kept)
+    alone, alone_state = run(layer, x[:1, kept[0]])
+    assert_close([masked[0, kept[0]], masked_state[0]], [alone[0], alone_state[0]])
+
+
 @pytest.mark.parametrize("steps", [1, 2, 64])
 def test_decoding_goes_on_from_any_step(make, steps):
     layer = make(return_sequences=True, return_state=True)
@@ -117,12 +132,12 @@ def test_masks_mean_what_they_mean_to_keras(make, zeros):
         assert_close(run(layer, inputs(), mask=mask), run(by_steps, inputs(), mask=mask))
 
 
-def test_training_moves_every_weight_as_training_by_steps_does(make_any):
+def test_training_moves_every_weight_as_training_by_steps_does(make):
     x, y = inputs(), np.random.default_rng(5).standard_normal((BATCH, STEPS, 2)).astype(np.float32)
-    layer = make_any(return_sequences=True)
+    layer = make(return_sequences=True)
     models = []
-    for recurrent in (layer, keras.layers.RNN(type(layer.cell).from_config(layer.cell.get_config()), True)):
-        model = keras.Sequential([keras.Input((STEPS, FEATURES)), recurrent, keras.layers.Dense(2)])
+    for one in (layer, keras.layers.RNN(type(layer.cell).from_config(layer.cell.get_config()), True)):
+        model = keras.Sequential([keras.Input((STEPS, FEATURES)), one, keras.layers.Dense(2)])
         model.compile(keras.optimizers.SGD(0.5), "mse")
         models.append(model)
     models[1].set_weights(models[0].get_weights())

@@ -10,6 +10,9 @@ from thrifty.errors import ThriftyError
 from thrifty.keras.layers.core import DenseMML, PackedParts, positive
 from thrifty.keras.linear_recurrence import complex_product, complex_recurrence, real_product, real_recurrence
 
+#: About how many inputs (steps x sequences x features) are projected at a time where a sequence is cut into blocks.
+BLOCK_INPUTS = 1 << 19
+
 
 class _Cell(PackedParts, keras.layers.Layer):
     """state_t = decay_t state_{t-1} + update_t, y_t = read(state_t, beside_t); everything but the state comes from x_t.
@@ -66,48 +69,78 @@ class _ParallelRNN(PackedParts, keras.layers.RNN):
         return (output, (batch, *self.cell.state_shape)) if self.return_state else output
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
-        cell = self.cell
         state = initial_state[0] if isinstance(initial_state, list | tuple) else initial_state
-        if tuple(state.shape[1:]) != cell.state_shape:
+        if tuple(state.shape[1:]) != self.cell.state_shape:
             raise ThriftyError(
-                f"[{type(self).__name__}] initial_state must be [B, {cell.state_shape[0]}, {cell.state_shape[1]}]; "
-                f"got {tuple(state.shape)}"
+                f"[{type(self).__name__}] initial_state must be [B, {self.cell.state_shape[0]}, "
+                f"{self.cell.state_shape[1]}]; got {tuple(state.shape)}; give the state that return_state gave"
             )
-        kept = _as_kept(mask)
+        # Time first from here on, so that no intermediate result is transposed: [T, B, ...].
+        sequences, kept = ops.moveaxis(sequences, 1, 0), _as_kept(mask)
         if self.go_backwards:
-            sequences = ops.flip(sequences, 1)
-            kept = None if kept is None else ops.flip(kept, 1)
+            sequences = ops.flip(sequences, 0)
+            kept = None if kept is None else ops.flip(kept, 0)
+        in_blocks = not training and keras.config.backend() == "jax"
+        scan = self._scan_blocks if in_blocks else self._scan
+        last_state, outputs = scan(sequences, ops.cast(state, _exact(state)), kept)
+        if self.return_sequences:
+            outputs = ops.moveaxis(outputs if kept is None else self._mask_outputs(outputs, kept), 0, 1)
+        else:
+            outputs = self._last_output(last_state, sequences, kept)[:, None]
+        return outputs[:, -1], outputs, [last_state]
+
+    def _scan(self, sequences, state, kept):
+        """The state after all steps, and with return_sequences all outputs."""
+        cell = self.cell
         decay, update, beside = cell.drive(sequences)
         if kept is not None:
             decay = ops.where(kept[..., None, None], decay, ops.cast(cell.neutral, decay.dtype))
             update = ops.where(kept[..., None, None], update, ops.zeros_like(update))
-        states = cell.recurrence(ops.moveaxis(decay, 1, 0), ops.moveaxis(update, 1, 0), ops.cast(state, decay.dtype))
-        if self.return_sequences:
-            outputs = cell.read(ops.moveaxis(states, 0, 1), beside)
-            if kept is not None:
-                outputs = self._mask_outputs(outputs, kept)
-        else:
-            outputs = self._last_output(states[-1], beside, kept)[:, None]
-        return outputs[:, -1], outputs, [states[-1]]
+        states = cell.recurrence(decay, update, state)
+        return states[-1], cell.read(states, beside) if self.return_sequences else None
+
+    def _scan_blocks(self, sequences, state, kept):
+        """`_scan`, one block of steps after the other: what each computes on the way stays in the cache."""
+        length, batch, features = sequences.shape
+        # No shorter than 16 steps: so many at least are what makes a product of all steps worth it.
+        count = -(-length // max(BLOCK_INPUTS // (batch * features), 16))
+        if count == 1:
+            return self._scan(sequences, state, kept)
+        size = -(-length // count)
+        missing = count * size - length
+        if missing:
+            kept = ops.ones((length, batch), "bool") if kept is None else kept
+            kept = ops.pad(kept, [(0, missing), (0, 0)])
+            sequences = ops.pad(sequences, [(0, missing), (0, 0), (0, 0)])
+
+        def blocks(x):
+            return None if x is None else ops.reshape(x, (count, size, *x.shape[1:]))
+
+        def body(state, block):
+            return self._scan(block[0], state, block[1])
+
+        state, outputs = ops.scan(body, state, (blocks(sequences), blocks(kept)))
+        return state, None if outputs is None else ops.reshape(outputs, (-1, *outputs.shape[2:]))[:length]
 
     def _mask_outputs(self, outputs, kept):
         """At a masked step the output of the last step that was not, as Keras has it, or zeros."""
         if self.zero_output_for_mask:
             return ops.where(kept[..., None], outputs, ops.zeros_like(outputs))
-        counts = ops.cumsum(ops.cast(kept, "int32"), 1)
-        length = ops.shape(kept)[1]
-        order = ops.argsort(_positions(kept) + ops.where(kept, 0, length), 1)  # kept steps first, in order
-        latest = ops.take_along_axis(order, ops.maximum(counts - 1, 0), 1)
-        outputs = ops.take_along_axis(outputs, latest[..., None], 1)
+        counts = ops.cumsum(ops.cast(kept, "int32"), 0)
+        length = ops.shape(kept)[0]
+        order = ops.argsort(_positions(kept) + ops.where(kept, 0, length), 0)  # kept steps first, in order
+        latest = ops.take_along_axis(order, ops.maximum(counts - 1, 0), 0)
+        outputs = ops.take_along_axis(outputs, latest[..., None], 0)
         return ops.where((counts > 0)[..., None], outputs, ops.zeros_like(outputs))
 
-    def _last_output(self, state, beside, kept):
+    def _last_output(self, state, sequences, kept):
         """The last output alone: later masked steps have left the state as it was."""
         if kept is None:
-            return self.cell.read(state, beside[:, -1])
-        latest = ops.max(ops.where(kept, _positions(kept), 0), 1)
-        output = self.cell.read(state, ops.take_along_axis(beside, latest[:, None, None], 1)[:, 0])
-        shown = kept[:, -1] if self.zero_output_for_mask else ops.any(kept, 1)
+            return self.cell.read(state, self.cell.drive(sequences[-1])[2])
+        latest = ops.max(ops.where(kept, _positions(kept), 0), 0)
+        inputs = ops.take_along_axis(sequences, latest[None, :, None], 0)[0]
+        output = self.cell.read(state, self.cell.drive(inputs)[2])
+        shown = kept[-1] if self.zero_output_for_mask else ops.any(kept, 0)
         return ops.where(shown[:, None], output, ops.zeros_like(output))
 
     def get_config(self) -> dict[str, Any]:
@@ -121,16 +154,21 @@ class _ParallelRNN(PackedParts, keras.layers.RNN):
         return cls(**config)
 
 
+def _exact(x):
+    """What a state is computed in."""
+    return keras.backend.result_type(x.dtype, "float32")
+
+
 def _as_kept(mask):
     if isinstance(mask, list | tuple):
         mask = mask[0]
     if mask is None:
         return None
-    return ops.cast(mask if len(mask.shape) == 2 else mask[..., 0], "bool")
+    return ops.transpose(ops.cast(mask if len(mask.shape) == 2 else mask[..., 0], "bool"))
 
 
 def _positions(kept):
-    return ops.cumsum(ops.ones_like(kept, "int32"), 1) - 1
+    return ops.cumsum(ops.ones_like(kept, "int32"), 0) - 1
 
 
 def _own(initializer: Any) -> Any:
@@ -224,7 +262,7 @@ class GRUCellMML(_Cell):
 
     def drive(self, inputs):
         gates = self.kernel(inputs)
-        gates = ops.cast(gates, keras.backend.result_type(gates.dtype, "float32"))
+        gates = ops.cast(gates, _exact(gates))
         forget, candidate = gates[..., : self.units], gates[..., self.units : 2 * self.units]
         shape = (*ops.shape(forget)[:-1], *self.state_shape)
         forget = ops.reshape(self.recurrent_activation(forget), shape)
@@ -395,7 +433,7 @@ class LRUCellMML(_Cell):
 
     def drive(self, inputs):
         update = ops.stack([self.B_re(inputs), self.B_im(inputs)], axis=-2)
-        update = ops.cast(update, keras.backend.result_type(update.dtype, "float32"))
+        update = ops.cast(update, _exact(update))
         nu, theta, gamma = (
             ops.exp(ops.cast(log, update.dtype)) for log in (self.nu_log, self.theta_log, self.gamma_log)
         )
