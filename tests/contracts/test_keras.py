@@ -146,9 +146,18 @@ def same_as_torch(layer, module, pairs, x: np.ndarray, options: dict, given: dic
     leaf = torch.tensor(x, requires_grad=True)
     expected = module(leaf, **given)
     (expected * torch.from_numpy(g)).sum().backward()
-    close(y, expected.detach().numpy())
+    expected = expected.detach().numpy()
     # Gradients are sums over tokens of terms that cancel in part; some, as that of the bias of keys, cancel to zero.
     tolerance = 3 * spec.TOLERANCES["float32"]
+    if layer.projections.linear == "ternary":
+        # What goes into the last projection differs in its last bit, and may get the next code where it lies at a tie:
+        # few tokens, by one step of 127 or so.
+        tolerance = 2e-2
+        off = np.abs(ops.convert_to_numpy(y) - expected).max(-1) > spec.TOLERANCES["float32"] * np.abs(expected).max()
+        assert off.mean() <= 0.05
+        close(y, expected, tolerance)
+    else:
+        close(y, expected)
     close(by_x, leaf.grad.numpy(), tolerance)
     parameters = {id(variable): parameter for variable, parameter in pairs}
     for variable, gradient in zip(layer.trainable_variables, by_variables, strict=True):
