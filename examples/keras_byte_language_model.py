@@ -109,7 +109,7 @@ def main() -> None:
         "keras_byte_language_model",
         [3e-3, 1e-2],
         epochs=10,
-        steps=80,
+        steps=60,
         batch=16,
         length=128,
         width=128,
