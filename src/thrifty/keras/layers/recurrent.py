@@ -80,7 +80,9 @@ class _ParallelRNN(PackedParts, keras.layers.RNN):
         if self.go_backwards:
             sequences = ops.flip(sequences, 0)
             kept = None if kept is None else ops.flip(kept, 0)
-        in_blocks = not training and keras.config.backend() == "jax"
+        # Not where a gradient is wanted, which blocks make dear, nor for an exported model of any length or batch.
+        known = all(isinstance(n, int) for n in sequences.shape)
+        in_blocks = keras.config.backend() == "jax" and not training and known
         scan = self._scan_blocks if in_blocks else self._scan
         last_state, outputs = scan(sequences, ops.cast(state, _exact(state)), kept)
         if self.return_sequences:
