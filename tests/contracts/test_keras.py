@@ -15,6 +15,7 @@ from thrifty.keras.layers import (
     CrossDomainMoE,
     DenseMML,
     DynamicMaskAttention,
+    FeedForwardGate,
     RMSNorm,
     RotaryPositionalEmbedding,
 )
@@ -295,6 +296,13 @@ def test_glu(activation):
     layer.build(x.shape)
     gate, up = np.split(dense(x, layer.gate_and_up), 2, -1)
     close_but_for_ties(layer(x), dense(spec.glu(gate, up, activation), layer.down))
+
+
+def test_feed_forward_gate():
+    x, layer = array(3, 5, 63), FeedForwardGate(17, 31)
+    layer.build(x.shape)
+    gate, up, down = (ops.convert_to_numpy(v) for v in layer.weights)
+    close(layer(x), spec.glu(x @ gate, x @ up, "gelu") @ down)
 
 
 @pytest.mark.parametrize("fully_mml", [False, True])
