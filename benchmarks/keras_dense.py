@@ -44,7 +44,7 @@ def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 
 
 def expected(layer: DenseMML, x: np.ndarray) -> np.ndarray:
-    held = layer.packed_dense
+    held = layer.packed_dense.weights
     return spec.ternary_matmul(*spec.quantize_per_token(x, held.gain), held.matrix.codes(), held.scale, held.bias)
 
 
@@ -52,7 +52,7 @@ def predictions(width: int, rounds: int) -> None:
     dense, ternary = model(width, keras.layers.Dense(width)), model(width, DenseMML(width))
     pack(ternary)
     layer = ternary.layers[0]
-    held = layer.packed_dense.matrix.nbytes
+    held = layer.packed_dense.weights.matrix.nbytes
     print(f"kernel of {width} x {width}: {4 * width**2} bytes, packed {held}, {4 * width**2 / held:.1f} times less")
     for rows in (1, 64):
         x = np.random.default_rng(rows).standard_normal((rows, width), np.float32)

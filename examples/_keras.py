@@ -116,7 +116,7 @@ def _from_disk(name: str, model: keras.Model, rate: float, probe: Any, folder: P
         flush=True,
     )
     matrices = sum(4 * int(np.prod(weight.shape)) for weight in loaded.weights if len(weight.shape) > 1)
-    matrices += sum(layer.packed_dense.matrix.nbytes for layer in dense_layers(loaded))
+    matrices += sum(layer.packed_dense.weights.matrix.nbytes for layer in dense_layers(loaded))
     history = model.history.history
     return Net(name, loaded, rate, history, model.count_params(), file.stat().st_size, matrices)
 

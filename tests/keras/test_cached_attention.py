@@ -266,6 +266,7 @@ def test_config():
     [
         ({"step": -1}, r"step \.\.\. step \+ 2 - 1 must lie in a cache of 6; got step=-1"),
         ({"step": 5}, r"must lie in a cache of 6; got step=5"),
+        ({"step": np.int64(5)}, r"must lie in a cache of 6; got step=5"),
         ({"step": 1.5}, r"step must be one integer; got 1.5"),
         ({"step": np.array([1, 2])}, r"step must be one integer"),
         ({"step": 0, "training": True}, r"passes no gradients on; got training=True"),

@@ -1,8 +1,10 @@
 """The ternary dense layer: how it trains, what files hold of it, and what it refuses."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 import zipfile
 
 import h5py
@@ -101,6 +103,50 @@ def test_a_packed_model_trains_what_is_not_packed_and_all_of_it_when_unpacked():
     kernel = numpy(trained.layers[0].kernel)
     trained.fit(x, y, verbose=0)
     assert (numpy(trained.layers[0].kernel) != kernel).any()
+
+
+def test_packing_lets_go_of_float_kernels_and_keeps_the_count_of_steps():
+    x, y = array(32, 24), array(32, 3)
+    trained = model(DenseMML(20), keras.layers.Dense(3))
+    trained.fit(x, y, verbose=0)
+    kernel = weakref.ref(trained.layers[0].kernel)
+    steps = int(trained.optimizer.iterations)
+    assert steps
+    pack(trained)
+    gc.collect()
+    assert kernel() is None
+    assert int(trained.optimizer.iterations) == steps
+    optimizer = trained.optimizer
+    pack(trained)  # nothing left to do
+    assert trained.optimizer is optimizer
+
+
+def test_models_inside_and_around_follow(tmp_path):
+    x = array(8, 24)
+    inner = model(DenseMML(20))
+    outer = model(inner)
+    for each in (inner, outer):
+        each.predict(x, verbose=0)
+    pack(outer)
+    for sign in (1, -1):
+        unpack(outer)
+        inner.layers[0].kernel.assign(sign * numpy(inner.layers[0].kernel))
+        pack(outer)
+        for each in (inner, outer):
+            np.testing.assert_allclose(each.predict(x, verbose=0), numpy(inner.layers[0](x)), rtol=0, atol=1e-6)
+
+
+def test_a_packed_layer_keeps_what_was_frozen_and_refuses_what_is_not_finite():
+    frozen = layer()
+    frozen.gain.trainable = False
+    frozen.pack()
+    frozen.unpack()
+    assert [v.trainable for v in (frozen.kernel, frozen.bias, frozen.gain)] == [True, True, False]
+    frozen.kernel.assign(np.full((12, 7), np.nan))
+    with pytest.raises(ThriftyError, match="must be finite to be packed"):
+        frozen.pack()
+    assert not frozen.packed
+    assert frozen.kernel is not None
 
 
 def test_pack_takes_what_where_accepts():
@@ -291,6 +337,11 @@ def test_damaged_files_change_nothing(change, text, packed):
     with pytest.raises(ThriftyError, match=text):
         victim.load_own_variables(store)
     np.testing.assert_array_equal(numpy(victim(x)), before)
+
+
+def test_an_unbuilt_layer_loads_nothing():
+    with pytest.raises(ThriftyError, match="must be built before weights are loaded"):
+        DenseMML(3).load_own_variables({})
 
 
 def test_a_packed_layer_refuses_a_float_kernel():

@@ -140,3 +140,13 @@ def test_what_does_not_fit_is_refused(options, message):
     with pytest.raises(ThriftyError, match=r"^\[DynamicMaskAttention\].*") as error:
         DynamicMaskAttention(**{"num_heads": 2, "key_dim": 4, **options})
     assert message in str(error.value)
+
+
+def test_what_ranks_keys_is_not_rounded_in_low_precision():
+    layer = DynamicMaskAttention(2, 6, window=9, dtype="mixed_bfloat16")
+    layer.build((None, None, 16))
+    x, answers = 3 * array(1, 40, 16), []
+    for A in (1.0, 1.003):  # one number in bfloat16
+        layer.A.assign(np.full(2, A))
+        answers.append(ops.convert_to_numpy(ops.cast(layer(x), "float32")))
+    assert (answers[0] != answers[1]).any()

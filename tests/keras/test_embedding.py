@@ -125,6 +125,7 @@ def test_config_and_masks():
         ({}, -1, r"positions must lie in 0 ... 16777215.*got offset=-1 and length 3"),
         ({}, 2**24 - 2, r"positions must lie in .*got offset=16777214"),
         ({}, 2**40, r"positions must lie in"),
+        ({}, np.int64(2**33), r"positions must lie in"),
         ({}, 1.5, r"offset must be one integer; got 1.5"),
         ({}, np.array([1, 2]), r"offset must be one integer"),
         ({"feature_axis": 1}, 0, r"sequence_axis and feature_axis must be two of the 3 axes.*got 1 and 1"),
@@ -242,3 +243,8 @@ def test_texts_of_any_length_are_saved(tmp_path):
     assert keras.backend.standardize_dtype(half(tokens).dtype) == "bfloat16"
     table, places = numpy(half.tokens.embeddings), numpy(half.positions.embeddings)
     np.testing.assert_allclose(numpy(ops.cast(half(tokens), "float32")), table[tokens] + places[:2], atol=2e-3)
+
+
+def test_an_image_holds_a_patch():
+    with pytest.raises(ThriftyError, match=r"must hold a patch of 4 x 4; got \(3, 5\)"):
+        Patches(4)(np.zeros((2, 3, 5, 1), np.float32))

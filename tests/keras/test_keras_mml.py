@@ -44,7 +44,7 @@ def test_an_archive_answers_as_it_did_and_keeps_its_scale(tmp_path):
     x = floats(50, 6)
     np.testing.assert_allclose(model.predict(x, verbose=0), answer(x), rtol=1e-4, atol=1e-4)
     assert is_packed(model)
-    assert model.layers[0].packed_dense.scale == np.float32(1) / np.float32(3.1415926)
+    assert model.layers[0].packed_dense.weights.scale == np.float32(1) / np.float32(3.1415926)
 
 
 def test_it_saves_and_loads_to_the_same_bits_and_trains_when_unpacked(tmp_path):

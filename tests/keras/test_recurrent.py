@@ -339,3 +339,12 @@ def test_half_precision_computes_its_state_in_float32(make):
         assert keras.backend.standardize_dtype(result.dtype) == "bfloat16"
         difference = np.abs(ops.convert_to_numpy(ops.cast(result, "float32")) - exact_result).max()
         assert difference < 0.05 * np.abs(exact_result).max()
+
+
+def test_half_precision_turns_states_as_float32_does():
+    exact, half = LRUCellMML(4, 6, r_min=0.99), LRUCellMML(4, 6, r_min=0.99, dtype="mixed_bfloat16")
+    for cell in (exact, half):
+        cell.build((None, 3))
+    half.set_weights(exact.get_weights())
+    turns = [ops.convert_to_numpy(cell.drive(np.ones((1, 3), np.float32))[0]) for cell in (exact, half)]
+    np.testing.assert_array_equal(*turns)

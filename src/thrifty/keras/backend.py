@@ -40,7 +40,7 @@ class NativeFunction:
 
 def _refuse_gradient(*_: Any) -> NoReturn:
     raise ThriftyError(
-        "[DenseMML] a packed layer passes no gradients on; got a loss that needs them; thrifty.keras.unpack(model) "
+        "[pack] a packed layer passes no gradients on; got a loss that needs them; thrifty.keras.unpack(model) "
         "makes it trainable"
     )
 

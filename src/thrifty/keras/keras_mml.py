@@ -125,7 +125,7 @@ def _thrifty_groups(groups: Groups) -> Groups:
         if owner in dense:
             continue
         if path in dense:
-            gains = [group["0"] for other, group in groups.items() if other.rpartition("/")[0] == path]
+            gains = [group["0"] for other, group in groups.items() if other.rpartition("/")[0] == path and "0" in group]
             arrays = _packed(path, arrays, gains)
         found[path] = arrays
     return found

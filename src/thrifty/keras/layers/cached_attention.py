@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from thrifty.errors import ThriftyError
+from thrifty.keras.layers.core import plain
 
 
 @keras.saving.register_keras_serializable(package="thrifty")
@@ -124,6 +125,10 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
         if min(batch, length) < 0:
             raise _error(f"a cache has a batch and a length of 0 or more; got {batch} and {length}; give both")
         return ops.zeros((2, batch, length, self.num_kv_heads, self.key_dim), dtype=self.compute_dtype)
+
+    def __call__(self, *args, **kwargs):
+        # Keras would make tensors of numpy's integers, whose values are not looked at.
+        return super().__call__(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
     def call(
         self,

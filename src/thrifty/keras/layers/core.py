@@ -134,14 +134,18 @@ class DenseMML(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self.supports_masking = True
         self.kernel = self.bias = self.gain = None
-        self.packed_dense: PackedDense | None = None
+        self._features: int | None = None
+        #: What stands for the variables of a packed layer. It is one object, as compiled functions hold on to it.
+        self.packed_dense = PackedDense(self.name)
+        self._packed = False
+        self._frozen: tuple[str, ...] = ()
         if packed:
             self.wait_for_packed()
 
     @property
     def packed(self) -> bool:
         """Whether the kernel is held as ternary codes, which do not train."""
-        return self.packed_dense is not None
+        return self._packed
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         self._features = features("DenseMML", input_shape)
@@ -150,10 +154,7 @@ class DenseMML(keras.layers.Layer):
             self._add_variables()
 
     def call(self, inputs: Any) -> Any:
-        if self.packed_dense is not None:
-            y = self.packed_dense.on_tensor(inputs, self.units)
-        else:
-            y = self._latent_product(inputs)
+        y = self.packed_dense.on_tensor(inputs, self.units) if self.packed else self._latent_product(inputs)
         return self.activation(y if self.compute_dtype == "float32" else ops.cast(y, self.compute_dtype))
 
     def pack(self) -> None:
@@ -169,15 +170,16 @@ class DenseMML(keras.layers.Layer):
             )
         codes, scale = map(ops.convert_to_numpy, kernel_codes(ops.convert_to_tensor(self.kernel, "float32")))
         bias, gain = (None if v is None else ops.convert_to_numpy(v) for v in (self.bias, self.gain))
+        with np.errstate(invalid="ignore"):  # codes of a kernel with a NaN, which is refused
+            self.packed_dense.assign(codes.astype(np.int8).T, scale, bias, gain)
         self.wait_for_packed()
-        self.packed_dense.assign(codes.astype(np.int8).T, scale, bias, gain)
 
     def unpack(self) -> None:
         """Make a packed layer trainable again, with a float kernel of the same codes and scale."""
-        if self.packed_dense is None:
+        if not self.packed:
             return
-        held, latent = self.packed_dense, self.packed_dense.latent()
-        self.packed_dense = None
+        held, latent = self.packed_dense.weights, self.packed_dense.latent()
+        self._packed = False
         self.supports_jit = True
         self._tracker.unlock()
         try:
@@ -186,17 +188,21 @@ class DenseMML(keras.layers.Layer):
             self._tracker.lock()
         for name, variable in self._named_variables().items():
             variable.assign(latent if name == "kernel" else getattr(held, name))
+            variable.trainable = variable.trainable and name not in self._frozen
+        self.packed_dense.clear()
 
     def wait_for_packed(self) -> None:
-        """Drop the variables, if any: packed weights are about to come."""
-        for name, variable in self._named_variables().items():
+        """Drop the variables, if any: packed weights are there, or about to be loaded."""
+        variables = self._named_variables()
+        self._frozen = tuple(name for name, variable in variables.items() if not variable.trainable and self.trainable)
+        for name, variable in variables.items():
             self._untrack_variable(variable)
             setattr(self, name, None)
-        self.packed_dense = PackedDense(self.name)
+        self._packed = True
         self.supports_jit = NATIVE_SUPPORTS_JIT
 
     def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
-        values = self._named_variables() if self.packed_dense is None else self.packed_dense.store()
+        values = self.packed_dense.store() if self.packed else self._named_variables()
         for name, value in values.items():
             store[name] = value
 
@@ -207,6 +213,10 @@ class DenseMML(keras.layers.Layer):
         their codes and scale. Raises ThriftyError where a variable is missing or has another shape, before any is
         changed.
         """
+        if self._features is None:
+            raise ThriftyError(
+                f"[DenseMML] a layer must be built before weights are loaded; '{self.name}' is not; call its model once"
+            )
         names = set(store.keys())
         is_packed = KEYS[-1] in names
         if self.packed and not is_packed:
@@ -229,7 +239,7 @@ class DenseMML(keras.layers.Layer):
                     "build the layer as it was saved"
                 )
         if is_packed:
-            packed_dense = self.packed_dense or PackedDense(self.name)
+            packed_dense = self.packed_dense if self.packed else PackedDense(self.name)
             packed_dense.restore(store, (self.units, self._features))
             if self.packed:
                 return
@@ -354,6 +364,11 @@ def positive(layer: str, name: str, value: Any) -> int:
             f"[{layer}] Received an invalid value for argument `{name}`, expected a positive integer, got {value!r}"
         )
     return int(value)
+
+
+def plain(value: Any) -> Any:
+    """An integer of numpy's as one of Python's, and what else there is as it is."""
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def serialized(layer: Any, *variables: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import keras
+import numpy as np
 from keras import ops
 
 from thrifty.errors import ThriftyError
@@ -101,7 +102,9 @@ class DynamicMaskAttention(PackedParts, keras.layers.Layer):
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             projection.build(input_shape)
         self.dt_proj.build((*input_shape[:-1], kv_width))
-        self.A = self.add_weight(name="A", shape=(self.score_heads,), initializer="zeros", dtype="float32")
+        self.A = self.add_weight(
+            name="A", shape=(self.score_heads,), initializer="zeros", dtype="float32", autocast=False
+        )
         for norm, heads in ((self.q_norm, self.num_heads), (self.k_norm, self.num_kv_heads)):
             if norm is not None:
                 norm.build((*input_shape[:-1], heads, self.key_dim))
@@ -298,11 +301,11 @@ def _kept_keys(selection: str, window: int | None, ratio: float, max_positions: 
     if selection == "none":
         return None
     if selection == "keep_window":
-        if not isinstance(window, int) or window < 1:
+        if isinstance(window, bool) or not isinstance(window, int | np.integer) or window < 1:
             raise ThriftyError(
                 f"{layer} window must be an integer of at least 1; got {window!r}; selection='none' keeps every key"
             )
-        return window
+        return int(window)
     kept = int(ratio * (max_positions or 0))
     if not 0 < ratio <= 1 or kept < 1:
         raise ThriftyError(

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from thrifty.errors import ThriftyError
-from thrifty.keras.layers.core import DenseMML, PackedParts, positive
+from thrifty.keras.layers.core import DenseMML, PackedParts, plain, positive
 from thrifty.spec import rope_frequencies
 
 #: Beyond this, float32 no longer tells neighbouring positions apart.
@@ -100,6 +100,7 @@ class Patches(keras.layers.Layer):
 
     def call(self, inputs):
         p = self.patch_size
+        self.compute_output_shape(inputs.shape)  # refuses images that are too small
         batch, height, width, channels = ops.shape(inputs)
         rows, columns = height // p, width // p
         cut = inputs[:, : rows * p, : columns * p]
@@ -227,6 +228,10 @@ class RotaryPositionalEmbedding(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(axes={self.feature_axis: features})
         # Plain numbers, in a tuple: torch.compile takes neither numpy arrays nor Keras' tracked lists as constants.
         self._frequencies = tuple(rope_frequencies(features // 2 * 2, self.max_wavelength).tolist())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Keras would make tensors of numpy's integers, whose values are not looked at.
+        return super().__call__(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
     def call(self, inputs, offset=0):
         sequence, feature = self._axes(len(inputs.shape))

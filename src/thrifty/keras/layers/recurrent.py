@@ -105,7 +105,7 @@ class _ParallelRNN(PackedParts, keras.layers.RNN):
         """`_scan`, one block of steps after the other: what each computes on the way stays in the cache."""
         length, batch, features = sequences.shape
         # No shorter than 16 steps: so many at least are what makes a product of all steps worth it.
-        count = -(-length // max(BLOCK_INPUTS // (batch * features), 16))
+        count = -(-length // max(BLOCK_INPUTS // max(1, batch * features), 16))
         if count == 1:
             return self._scan(sequences, state, kept)
         size = -(-length // count)
@@ -424,7 +424,7 @@ class LRUCellMML(_Cell):
             return ops.log(self.max_phase * keras.initializers.RandomUniform(1e-6, 1 - 1e-6)(shape, dtype))
 
         self.nu_log, self.theta_log, self.gamma_log = (
-            self.add_weight(shape=(self.state_dim,), initializer=start, name=start.__name__)
+            self.add_weight(shape=(self.state_dim,), initializer=start, name=start.__name__, autocast=False)
             for start in (nu_log, theta_log, gamma_log)
         )
 
