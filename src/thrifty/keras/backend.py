@@ -38,6 +38,14 @@ class NativeFunction:
         return _call_from_torch(self, self._number, x, width)
 
 
+def let_go(layer: keras.layers.Layer, name: str) -> None:
+    """Sets an attribute that is a variable to None, so that nothing of the layer's holds on to it."""
+    layer._untrack_variable(getattr(layer, name))
+    if _BACKEND == "tensorflow":  # its checkpoints list variables by attribute
+        layer._delete_tracking(name)
+    setattr(layer, name, None)
+
+
 def _refuse_gradient(*_: Any) -> NoReturn:
     raise ThriftyError(
         "[pack] a packed layer passes no gradients on; got a loss that needs them; thrifty.keras.unpack(model) "

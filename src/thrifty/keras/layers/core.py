@@ -8,7 +8,7 @@ import numpy as np
 from keras import activations, constraints, initializers, ops, regularizers
 
 from thrifty.errors import ThriftyError
-from thrifty.keras.backend import NATIVE_SUPPORTS_JIT
+from thrifty.keras.backend import NATIVE_SUPPORTS_JIT, let_go
 from thrifty.keras.packed_dense import KEYS, PackedDense
 from thrifty.spec import quantizers
 
@@ -195,9 +195,8 @@ class DenseMML(keras.layers.Layer):
         """Drop the variables, if any: packed weights are there, or about to be loaded."""
         variables = self._named_variables()
         self._frozen = tuple(name for name, variable in variables.items() if not variable.trainable and self.trainable)
-        for name, variable in variables.items():
-            self._untrack_variable(variable)
-            setattr(self, name, None)
+        for name in variables:
+            let_go(self, name)
         self._packed = True
         self.supports_jit = NATIVE_SUPPORTS_JIT
 
