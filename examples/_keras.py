@@ -175,6 +175,22 @@ def misread(figure: Any, images: np.ndarray, labels: np.ndarray, found: np.ndarr
         place.set_title(f"{labels[i]} as {found[i]}", fontsize=8)
 
 
+def read_digits(builds: dict[str, Build], args: argparse.Namespace) -> None:
+    """Compare nets that tell digits, and write their accuracies, confusions and what they misread."""
+    from matplotlib.figure import Figure
+
+    (x, y), validation, (images, labels) = digits(args)
+    data = {"x": x, "y": y, "batch_size": args.batch, "validation_data": validation}
+    nets = compare(builds, data, -(-len(x) // args.batch), images, args)
+    found = [net.model.predict(images, verbose=0).argmax(-1) for net in nets]
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    training, confused, wrong = figure.subfigures(1, 3, width_ratios=(1.2, 1, 1))
+    curves(training.subplots(), nets, "accuracy")
+    confusions(confused.subplots(), labels, found[-1])
+    misread(wrong, images, labels, found[-1])
+    write(args, table(nets, test_accuracy=[f"{(labels == one).mean():.3f}" for one in found]), figure)
+
+
 def write(args: argparse.Namespace, text: str, figure: Any) -> None:
     """The table and the picture."""
     args.out.with_suffix(".md").write_text(text)

@@ -10,8 +10,7 @@ confuses, and digits that it misreads. Runs on the backend of KERAS_BACKEND, JAX
 
 from typing import Any
 
-from _keras import arguments, compare, confusions, curves, digits, keras, misread, table, write
-from matplotlib.figure import Figure
+from _keras import arguments, keras, read_digits
 
 from thrifty.keras import layers
 
@@ -36,20 +35,11 @@ def classifier(hidden: list[Any], optimizer: keras.optimizers.Optimizer) -> kera
 
 def main() -> None:
     args = arguments(__doc__, "keras_digits", [1e-3, 4e-3], epochs=40, batch=32, units=256)
-    (x, y), validation, (images, labels) = digits(args)
     builds = {
         "plain": lambda optimizer: classifier(plain(args.units), optimizer),
         "ternary": lambda optimizer: classifier(ternary(args.units), optimizer),
     }
-    data = {"x": x, "y": y, "batch_size": args.batch, "validation_data": validation}
-    nets = compare(builds, data, -(-len(x) // args.batch), images, args)
-    found = [net.model.predict(images, verbose=0).argmax(-1) for net in nets]
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    training, confused, wrong = figure.subfigures(1, 3, width_ratios=(1.2, 1, 1))
-    curves(training.subplots(), nets, "accuracy")
-    confusions(confused.subplots(), labels, found[-1])
-    misread(wrong, images, labels, found[-1])
-    write(args, table(nets, test_accuracy=[f"{(labels == one).mean():.3f}" for one in found]), figure)
+    read_digits(builds, args)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ default. Needs `thrifty[jax,examples]`.
 
 import argparse
 
-from _keras import arguments, compare, confusions, curves, digits, keras, misread, plain_block, table, write
-from matplotlib.figure import Figure
+from _keras import arguments, keras, plain_block, read_digits
 
 from thrifty.keras import layers
 
@@ -38,20 +37,11 @@ def transformer(ternary: bool, args: argparse.Namespace, optimizer: keras.optimi
 
 def main() -> None:
     args = arguments(__doc__, "keras_vision_transformer", [3e-3, 1e-2], epochs=40, batch=32, width=64, blocks=2)
-    (x, y), validation, (images, labels) = digits(args)
     builds = {
         "plain": lambda optimizer: transformer(False, args, optimizer),
         "ternary": lambda optimizer: transformer(True, args, optimizer),
     }
-    data = {"x": x, "y": y, "batch_size": args.batch, "validation_data": validation}
-    nets = compare(builds, data, -(-len(x) // args.batch), images, args)
-    found = [net.model.predict(images, verbose=0).argmax(-1) for net in nets]
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    training, confused, wrong = figure.subfigures(1, 3, width_ratios=(1.2, 1, 1))
-    curves(training.subplots(), nets, "accuracy")
-    confusions(confused.subplots(), labels, found[-1])
-    misread(wrong, images, labels, found[-1])
-    write(args, table(nets, test_accuracy=[f"{(labels == one).mean():.3f}" for one in found]), figure)
+    read_digits(builds, args)
 
 
 if __name__ == "__main__":

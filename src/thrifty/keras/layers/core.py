@@ -370,6 +370,11 @@ def plain(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
 
+def own_initializer(initializer: Any) -> Any:
+    """An initializer without a seed draws its values once and for all, so each layer gets one of its own."""
+    return initializer.clone() if isinstance(initializer, initializers.Initializer) else initializer
+
+
 def serialized(layer: Any, *variables: str) -> dict[str, Any]:
     """The configs of the initializers, regularizers and constraints of variables, by their names in signatures."""
     config = {}

@@ -6,7 +6,7 @@ import keras
 from keras import constraints, initializers, regularizers
 
 from thrifty.errors import ThriftyError
-from thrifty.keras.layers.core import DenseMML, serialized
+from thrifty.keras.layers.core import DenseMML, own_initializer, serialized
 
 #: Kinds of linear layers that a layer's projections can be.
 Linear = Literal["dense", "ternary"]
@@ -45,21 +45,17 @@ class Projections:
     def make(self, units: int, name: str, dtype: Any, *, dense: bool = False, use_bias: bool | None = None):
         """A projection to so many units. dense: of that kind whatever the others are."""
         kind = keras.layers.Dense if dense or self.linear == "dense" else DenseMML
-        # An initializer gives the same numbers each time it is called; a copy of one without a seed draws its own.
-        drawn = {
-            option: initializers.get(initializers.serialize(getattr(self, option)))
-            for option in ("kernel_initializer", "bias_initializer")
-        }
         return kind(
             units,
             use_bias=self.use_bias if use_bias is None else use_bias,
+            kernel_initializer=own_initializer(self.kernel_initializer),
+            bias_initializer=own_initializer(self.bias_initializer),
             kernel_regularizer=self.kernel_regularizer,
             bias_regularizer=self.bias_regularizer,
             kernel_constraint=self.kernel_constraint,
             bias_constraint=self.bias_constraint,
             name=name,
             dtype=dtype,
-            **drawn,
         )
 
     def get_config(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from thrifty.errors import ThriftyError
-from thrifty.keras.layers.core import DenseMML, PackedParts, positive
+from thrifty.keras.layers.core import DenseMML, PackedParts, own_initializer, positive
 from thrifty.keras.linear_recurrence import complex_product, complex_recurrence, real_product, real_recurrence
 
 #: About how many inputs (steps x sequences x features) are projected at a time where a sequence is cut into blocks.
@@ -173,11 +173,6 @@ def _positions(kept):
     return ops.cumsum(ops.ones_like(kept, "int32"), 0) - 1
 
 
-def _own(initializer: Any) -> Any:
-    """An initializer without a seed draws its values once and for all, so each layer gets one of its own."""
-    return initializer.clone() if isinstance(initializer, keras.initializers.Initializer) else initializer
-
-
 def _check_gru(layer: str, units: int, num_heads: int) -> None:
     positive(layer, "units", units)
     positive(layer, "num_heads", num_heads)
@@ -242,8 +237,8 @@ class GRUCellMML(_Cell):
             units,
             activation=activation,
             use_bias=self.use_bias,
-            kernel_initializer=_own(self.weights_initializer),
-            bias_initializer=_own(self.bias_initializer),
+            kernel_initializer=own_initializer(self.weights_initializer),
+            bias_initializer=own_initializer(self.bias_initializer),
             kernel_regularizer=self.weights_regularizer,
             bias_regularizer=self.bias_regularizer,
             kernel_constraint=self.weights_constraint,
@@ -430,7 +425,11 @@ class LRUCellMML(_Cell):
 
     def _dense(self, layer: Any, units: int, name: str, initializer: Any) -> Any:
         return layer(
-            units, use_bias=self.use_bias, kernel_initializer=_own(initializer), dtype=self.dtype_policy, name=name
+            units,
+            use_bias=self.use_bias,
+            kernel_initializer=own_initializer(initializer),
+            dtype=self.dtype_policy,
+            name=name,
         )
 
     def drive(self, inputs):
