@@ -26,7 +26,12 @@ SIZES: dict[str, Any] = {
     "attention_bias": False,
     "eos_token_id": 256,
 }
-PACKED = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
+PACKED = {
+    "quant_method": "bitnet",
+    "linear_class": "autobitlinear",
+    "quantization_mode": "offline",
+    "scale_dtype": "bfloat16",
+}
 
 
 @dataclass
@@ -60,9 +65,8 @@ def shapes(config: dict[str, Any]) -> tuple[dict[str, tuple[int, int]], dict[str
 def write_checkpoint(path: Path, seed: int = 0, latent: bool = False, tokenizer: bool = True, **fields: Any):
     """Write a random checkpoint: packed, or with latent weights. `fields` go over SIZES into config.json."""
     rng = np.random.default_rng(seed)
-    config: dict[str, Any] = {
-        "model_type": "thrifty" if fields.keys() & {"linear", "feed_forward", "norm_placement"} else "bitnet"
-    }
+    own = fields.keys() & {"linear", "feed_forward", "norm_placement", "attention_bias"}
+    config: dict[str, Any] = {"model_type": "thrifty" if own else "bitnet"}
     config |= {"quantization_config": PACKED | ({"quantization_mode": "online"} if latent else {})} | SIZES | fields
     linear = config.get("linear", "ternary")
     if linear == "dense":

@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from thrifty.checkpoint.families import FAMILIES, Family, family_of
 from thrifty.errors import ThriftyError
 from thrifty.spec import ACTIVATIONS
 
-#: Rotary base where config.json names none, by model type.
-ROPE_THETA = {"bitnet": 500_000.0, "thrifty": 10_000.0, "doge": 10_000.0, "cheems": 10_000.0, "matmulfree": 10_000.0}
 #: What a layer can mix tokens with.
 TOKEN_MIXERS = ("attention", "dynamic_mask", "mlgru", "ssd")
 #: Positive float32 numbers.
@@ -61,6 +60,10 @@ class DecoderConfig:
     rope_theta: float
     tie_word_embeddings: bool
     attention_bias: bool
+    #: The key in `thrifty.checkpoint.families.FAMILIES`.
+    family: str = "thrifty"
+    #: Whether o_proj has a bias where q, k and v have one.
+    attention_out_bias: bool = True
     feed_forward: Literal["glu", "mlp"] = "glu"
     linear: Literal["ternary", "binary", "dense"] = "ternary"
     norm_placement: Literal["pre", "sub_ln"] = "sub_ln"
@@ -69,8 +72,11 @@ class DecoderConfig:
     mixers: tuple[str, ...] = ("attention",)
     #: "scaled": a learned factor per channel on the path around a block.
     residual: Literal["plain", "scaled"] = "plain"
-    #: Norms of queries and keys, of a dynamic mask.
+    #: Norms of queries and keys, head by head: of a dynamic mask, of attention.
     qk_norm: bool = False
+    attention_qk_norm: bool = False
+    #: eps of a norm with gain in front of every low-bit linear; None where there is none.
+    linear_norm_eps: float | None = None
     #: What scores a key of a dynamic mask: a kv head, or each query head.
     dt_heads: Literal["kv", "attention"] = "kv"
     #: Keys that a dynamic mask keeps; None for all.
@@ -79,6 +85,10 @@ class DecoderConfig:
     experts: ExpertsConfig | None = None
     #: How linear weights are stored: as codes and a scale that multiplies or divides, or as float (latent) weights.
     storage: Literal["multiplies", "divides", "latent"] = "multiplies"
+    #: What the scale of a latent weight is rounded to in the forward pass: bfloat16 here, nothing in transformers.
+    latent_scale: Literal["bfloat16", "float32"] = "bfloat16"
+    #: transformers' AutoBitLinear multiplies the bias by the scale of the weight too.
+    bias_scaled: bool = False
 
     @property
     def q_size(self) -> int:
@@ -130,9 +140,10 @@ class _Reader:
         self.fields = fields
 
     def config(self) -> DecoderConfig:
-        model_type = self.one_of("model_type", tuple(ROPE_THETA))
-        # Those of transformers leave unsaid what they all have in common.
-        own, doge = model_type not in ("bitnet", "doge"), model_type == "doge"
+        name = self.family()
+        family = FAMILIES[name]
+        own = family.own
+        doge: Any = "scaled" if name == "doge" else "plain"
         hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
         kv_heads = self.integer("num_key_value_heads", heads)
         if heads % kv_heads:
@@ -146,11 +157,12 @@ class _Reader:
         if positions > MOST_POSITIONS:
             raise self.error("max_position_embeddings", f"be at most {MOST_POSITIONS}", positions)
         layers = self.integer("num_hidden_layers")
-        mixers = self.mixers(model_type, layers)
+        mixers = self.mixers(name, layers)
         masked = "dynamic_mask" in mixers
-        linear = self.one_of("linear", ("ternary", "binary", "dense"), "ternary") if own else "ternary"
-        linear = "dense" if doge else linear
-        plain_norms = "pre" if doge else "sub_ln"
+        if "attention" in mixers:
+            self.whole_attention(name, positions)
+        linear = self.linear(name)
+        storage = "latent" if linear == "dense" else self.storage()
         return DecoderConfig(
             vocab_size=self.integer("vocab_size"),
             hidden_size=hidden,
@@ -159,45 +171,85 @@ class _Reader:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            hidden_act=self.one_of("hidden_act", tuple(ACTIVATIONS), "relu2" if model_type == "bitnet" else "silu"),
+            hidden_act=self.one_of("hidden_act", tuple(ACTIVATIONS), family.hidden_act),
             max_position_embeddings=positions,
-            rms_norm_eps=self.positive("rms_norm_eps", 1e-6 if doge else 1e-5),
-            rope_theta=self.rope_theta(ROPE_THETA[model_type]),
+            rms_norm_eps=self.positive("rms_norm_eps", family.rms_norm_eps),
+            rope_theta=self.rope_theta(family.rope_theta),
             tie_word_embeddings=self.boolean("tie_word_embeddings", False),
-            attention_bias=self.boolean("attention_bias", False),
+            attention_bias=family.attention_bias or self.boolean("attention_bias", False),
+            family=name,
+            attention_out_bias=family.attention_out_bias,
             feed_forward="mlp" if own and self.fields.get("feed_forward") == "mlp" else "glu",
             linear=linear,
-            norm_placement=self.one_of("norm_placement", ("pre", "sub_ln"), "sub_ln") if own else plain_norms,
+            norm_placement=self.one_of("norm_placement", ("pre", "sub_ln"), "sub_ln") if own else family.norm_placement,
             mlp_bias=self.boolean("mlp_bias", False),
             mixers=mixers,
-            residual=self.one_of("residual", ("plain", "scaled"), "plain") if own else "scaled" if doge else "plain",
-            qk_norm=masked and (doge or self.boolean("qk_norm", False)),
+            residual=self.one_of("residual", ("plain", "scaled"), "plain") if own else doge,
+            qk_norm=masked and (doge == "scaled" or self.boolean("qk_norm", False)),
+            attention_qk_norm=family.attention_qk_norm,
+            linear_norm_eps=self.linear_norm_eps() if linear != "dense" else None,
             dt_heads=self.one_of("dt_heads", ("kv", "attention"), "kv"),
             window=self.window(positions) if masked else None,
             ssd_rotary=self.boolean("ssd_rotary", True),
             experts=self.experts(own),
-            storage="latent" if linear == "dense" else self.storage(),
+            storage=storage,
+            latent_scale=self.latent_scale(family) if linear != "dense" else "bfloat16",
+            bias_scaled=storage == "multiplies" and not own,
         )
+
+    def family(self) -> str:
+        """The key in FAMILIES."""
+        found = family_of(self.fields)
+        if found is None:
+            types = [name for name in FAMILIES if name != "1bitLLM"]
+            raise self.error("model_type", f"be one of {', '.join(types)}", self.fields.get("model_type"))
+        return found
+
+    def linear(self, family: str) -> Any:
+        """What the linears are: a choice in the model types of this package, else as the quantization_config says."""
+        if FAMILIES[family].own:
+            return self.one_of("linear", ("ternary", "binary", "dense"), "ternary")
+        quantized = family == "1bitLLM" or (family != "doge" and self.fields.get("quantization_config") is not None)
+        return "ternary" if quantized else "dense"
+
+    def whole_attention(self, family: str, positions: int) -> None:
+        """Refuses attention to a window of keys, unless it holds all positions."""
+        window = self.fields.get("sliding_window")
+        used = self.boolean("use_sliding_window", not family.startswith("qwen"))
+        if window is not None and used and (type(window) is not int or window < positions):
+            raise self.error("sliding_window", "be null, as attention here is to all keys", window)
 
     def storage(self) -> Literal["multiplies", "divides", "latent"]:
         """What quantization_config says of the weights; the two classes of transformers disagree on the scale."""
-        quantization = self.fields.get("quantization_config")
-        if quantization is None:
+        if self.fields.get("quantization_config") is None:
             return "latent"
-        reader = _Reader(self.path, quantization if isinstance(quantization, dict) else {})
+        reader = self.quantization()
         reader.one_of("quant_method", ("bitnet",))
         linear_class = reader.one_of("linear_class", ("bitlinear", "autobitlinear"), "bitlinear")
         mode = reader.one_of("quantization_mode", ("online", "offline"), "offline")
-        if reader.boolean("use_rms_norm", False):
-            raise reader.error("use_rms_norm", "be false (norms before each linear are not read yet)", True)
-        kept = quantization.get("modules_to_not_convert") or []
+        kept = reader.given("modules_to_not_convert", [])
         if not isinstance(kept, list) or any(
             name not in ("lm_head", "model.embed_tokens", "embed_tokens") for name in kept
         ):
             raise reader.error("modules_to_not_convert", "list nothing but the output head and embedding", kept)
-        if mode == "online":
-            return "latent"
-        return "multiplies" if linear_class == "autobitlinear" else "divides"
+        if linear_class == "autobitlinear":
+            return "latent" if mode == "online" else "multiplies"
+        return "divides"
+
+    def linear_norm_eps(self) -> float | None:
+        """eps of the norms that transformers puts in front of every linear, where it does."""
+        reader = self.quantization()
+        return reader.positive("rms_norm_eps", 1e-6) if reader.boolean("use_rms_norm", False) else None
+
+    def latent_scale(self, family: Family) -> Literal["bfloat16", "float32"]:
+        """Whether training rounded the scales: this package says that it does."""
+        default = "bfloat16" if family.own else "float32"
+        return self.quantization().one_of("scale_dtype", ("bfloat16", "float32"), default)
+
+    def quantization(self) -> "_Reader":
+        """A reader of quantization_config, which may be absent."""
+        quantization = self.fields.get("quantization_config")
+        return _Reader(self.path, quantization if isinstance(quantization, dict) else {})
 
     def rope_theta(self, default: float) -> float:
         """`rope_parameters.rope_theta` (transformers 5) or `rope_theta` (before); scaled variants are refused."""
@@ -213,11 +265,11 @@ class _Reader:
         reader = _Reader(self.path, parameters if parameters.get("rope_theta") is not None else self.fields)
         return reader.positive("rope_theta", default)
 
-    def mixers(self, model_type: str, layers: int) -> tuple[str, ...]:
+    def mixers(self, family: str, layers: int) -> tuple[str, ...]:
         """The token mixer of each layer, from the pattern `token_mixers`."""
-        if model_type in ("bitnet", "doge"):
-            return ("attention" if model_type == "bitnet" else "dynamic_mask",)
-        given = self.given("token_mixers", "attention" if model_type == "thrifty" else None)
+        if not FAMILIES[family].own:
+            return ("dynamic_mask" if family == "doge" else "attention",)
+        given = self.given("token_mixers", "attention" if family == "thrifty" else None)
         names = [given] if isinstance(given, str) else given
         if not isinstance(names, list) or not names or any(name not in TOKEN_MIXERS for name in names):
             raise self.error("token_mixers", f"be of {', '.join(TOKEN_MIXERS)}", given)

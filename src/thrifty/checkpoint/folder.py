@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from thrifty.checkpoint.config import DecoderConfig, read_config, read_json
-from thrifty.checkpoint.names import expected_tensors
+from thrifty.checkpoint.families import our_name
+from thrifty.checkpoint.names import HEAD, expected_tensors
 from thrifty.checkpoint.safetensors import FLOATS, Tensor, open_safetensors
 from thrifty.errors import ThriftyError
-from thrifty.spec import absmean, binary_codes, round_bf16, ternary_codes
+from thrifty.spec import EPS, absmean, binary_codes, round_bf16, ternary_codes
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -18,7 +19,7 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Folder:
-    """A checkpoint folder whose tensors are exactly those that its config calls for."""
+    """A checkpoint folder whose tensors are exactly those that its config calls for, under the names they have here."""
 
     path: Path
     config: DecoderConfig
@@ -37,13 +38,12 @@ class Folder:
         weight = self.tensors[f"{linear}.weight"]
         if self.config.storage == "latent":
             return self._quantised(linear, weight.float32())
-        scale = self._scale(linear)
         codes = unpack_row_block(weight.data, rows)
         if codes is None:
             raise ThriftyError(
                 f"[checkpoint] weight codes are 0, 1 and 2; '{linear}.weight' of {self.path} has 3; download it again"
             )
-        return codes, np.float32(1) / scale if self.config.storage == "divides" else scale
+        return codes, self._multiplier(linear)
 
     def packed(self, linear: str) -> tuple[np.ndarray, np.float32] | None:
         """The stored bytes (`spec.ROW_BLOCK`) of a linear and the scale that multiplies them; None for latent weights.
@@ -52,10 +52,12 @@ class Folder:
         """
         if self.config.storage == "latent":
             return None
-        scale = self._scale(linear)
-        return self.tensors[f"{linear}.weight"].data, np.float32(
-            1
-        ) / scale if self.config.storage == "divides" else scale
+        return self.tensors[f"{linear}.weight"].data, self._multiplier(linear)
+
+    def bias(self, linear: str) -> np.ndarray:
+        """What is added to the product of a linear that has a bias, float32 [out]."""
+        bias = self.float32(f"{linear}.bias")
+        return bias * self._multiplier(linear) if self.config.bias_scaled else bias
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder; empty where it is absent."""
@@ -64,9 +66,15 @@ class Folder:
 
     def _quantised(self, linear: str, weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
         stored = f"{linear}.weight_scale" in self.tensors
+        if not stored and self.config.latent_scale == "float32":
+            return _transformers_codes(weight)
         scale = self._scale(linear) if stored else np.float32(absmean(weight, np, round_bf16))
         codes = ternary_codes(weight, scale, np) if self.config.linear == "ternary" else binary_codes(weight, np)
         return codes.astype(np.int8), scale
+
+    def _multiplier(self, linear: str) -> np.float32:
+        scale = self._scale(linear)
+        return np.float32(1) / scale if self.config.storage == "divides" else scale
 
     def _scale(self, linear: str) -> np.float32:
         scale = self.float32(f"{linear}.weight_scale").reshape(-1)[0]
@@ -88,11 +96,19 @@ def open_folder(path: str | Path) -> Folder:
         what = "is a file" if path.exists() else "does not exist"
         raise ThriftyError(f"[checkpoint] a model is a folder with config.json in it; {path} {what}; check the path")
     config = read_config(path / "config.json")
-    tensors = _open_tensors(path)
+    tensors = _renamed(path, _open_tensors(path), config)
     if config.num_hidden_layers > len(tensors):
         raise _mismatch(path, f"num_hidden_layers is {config.num_hidden_layers} and there are {len(tensors)} tensors")
     check_tensors(path, tensors, config)
     return Folder(path, config, tensors)
+
+
+def _transformers_codes(weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
+    """Codes and multiplier as transformers' forward quantises: by a float32 reciprocal of the mean, and back by it."""
+    mean = np.float32(np.abs(weight).mean(dtype=np.float64))
+    reciprocal = np.float32(1) / np.maximum(mean, np.float32(EPS))
+    codes = np.rint(weight * reciprocal)
+    return np.clip(codes, -1, 1, out=codes).astype(np.int8), np.float32(1) / reciprocal
 
 
 def unpack_row_block(packed: np.ndarray, rows: int) -> np.ndarray | None:
@@ -119,6 +135,20 @@ def _open_tensors(folder: Path) -> dict[str, Tensor]:
             raise ThriftyError(f"[checkpoint] shards must lie in their folder; {folder / _INDEX} names '{file}'")
         tensors |= open_safetensors(folder / file)
     return tensors
+
+
+def _renamed(path: Path, tensors: dict[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+    """The tensors under the names they have here, without those that say nothing."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        ours = our_name(config.family, name)
+        # transformers ties the head to the embedding whatever a file has in its place.
+        if ours is None or (ours == HEAD and config.tie_word_embeddings):
+            continue
+        if ours in renamed:
+            raise _mismatch(path, f"tensor '{name}' is there under another name too")
+        renamed[ours] = tensor
+    return renamed
 
 
 def check_tensors(path: Path, tensors: dict[str, Tensor], config: DecoderConfig) -> None:

@@ -76,7 +76,7 @@ def norm_sizes(config: DecoderConfig, layer: int = 0) -> dict[str, int]:
         sizes["self_attn.attn_sub_norm"] = config.hidden_size if mixer == "mlgru" else config.q_size
         if config.experts is None:
             sizes["mlp.ffn_sub_norm"] = config.intermediate_size
-    if mixer == "dynamic_mask" and config.qk_norm:
+    if (mixer == "dynamic_mask" and config.qk_norm) or (mixer == "attention" and config.attention_qk_norm):
         sizes |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
     return sizes
 
@@ -106,6 +106,8 @@ def dense_shapes(config: DecoderConfig, layer: int = 0) -> dict[str, tuple[int, 
 
 def has_bias(config: DecoderConfig, linear: str) -> bool:
     """Whether a linear of a layer has a bias."""
+    if linear == "self_attn.o_proj" and not config.attention_out_bias:
+        return False
     return config.attention_bias if linear.startswith("self_attn.") else config.mlp_bias
 
 
@@ -125,6 +127,8 @@ def expected_tensors(config: DecoderConfig) -> dict[str, TensorInfo]:
             tensors[prefix + name] = TensorInfo(shape)
         for linear, shape in linear_shapes(config, layer).items():
             tensors |= _linear_tensors(config, prefix + linear, shape)
+            if config.linear_norm_eps is not None:
+                tensors[f"{prefix}{linear}.rms_norm.weight"] = TensorInfo((shape[1],))
             if has_bias(config, linear):
                 tensors[f"{prefix}{linear}.bias"] = TensorInfo((shape[0],))
     return tensors

@@ -19,7 +19,13 @@ from thrifty.nn import SSD, BitLinear, is_packed, pack, unpack
 from thrifty.nn.packing import StoredBitLinear
 
 #: transformers' record of BitNet folders; with it goes quantization_mode, "offline" where packed, else "online".
-QUANTIZATION = {"quant_method": "bitnet", "linear_class": "autobitlinear", "modules_to_not_convert": ["lm_head"]}
+#: scale_dtype is our own: a loader of latent weights rounds their scales as the training forward does.
+QUANTIZATION = {
+    "quant_method": "bitnet",
+    "linear_class": "autobitlinear",
+    "modules_to_not_convert": ["lm_head"],
+    "scale_dtype": "bfloat16",
+}
 #: What a tensor that is absent or of another shape says of the folder's generation, by a part of its name.
 GENERATIONS = {
     "self_attn.q_norm": "qk_norm=False",

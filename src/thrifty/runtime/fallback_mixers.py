@@ -43,7 +43,7 @@ class Linears:
         gain = None if norm is None else folder.float32(f"{prefix}{norm}.weight")
         bias = None
         if has_bias(config, linears[0]):
-            bias = np.concatenate([folder.float32(f"{prefix}{linear}.bias") for linear in linears])
+            bias = np.concatenate([folder.bias(prefix + linear) for linear in linears])
         self._rows = sum(rows)
         if config.linear == "dense":
             weight = np.concatenate([folder.float32(f"{prefix}{linear}.weight") for linear in linears])

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from thrifty import native, spec
 from thrifty.checkpoint import DecoderConfig, Folder, Tensor
-from thrifty.checkpoint.config import ROPE_THETA
+from thrifty.checkpoint.families import FAMILIES
 from thrifty.checkpoint.folder import check_tensors
 from thrifty.checkpoint.names import EMBEDDING
 from thrifty.errors import ThriftyError
@@ -155,7 +155,7 @@ def _infer_config(path: Path, tensors: dict[str, Tensor], dim_head: int) -> Deco
         hidden_act="gelu",
         max_position_embeddings=_MAX_POSITIONS,
         rms_norm_eps=1e-5,
-        rope_theta=ROPE_THETA["thrifty"],
+        rope_theta=FAMILIES["thrifty"].rope_theta,
         tie_word_embeddings=False,
         attention_bias=False,
         feed_forward="mlp",

@@ -125,7 +125,7 @@ def read_matrix(
     if has_bias(config, linears[0]):
         bias = np.zeros((sum(tiles), TILE_ROWS), np.float32)
         for linear, place in zip(linears, places, strict=True):
-            bias[place] = _padded(folder.float32(f"{prefix}{linear}.bias"))
+            bias[place] = _padded(folder.bias(prefix + linear))
         bias = bias.reshape(-1)
     if config.linear == "dense":
         return _float_matrix([folder.tensors[f"{prefix}{linear}.weight"] for linear in linears], places, bias, arena)
