@@ -57,7 +57,7 @@ def shapes(config: dict[str, Any]) -> tuple[dict[str, tuple[int, int]], dict[str
     if config.get("feed_forward", "glu") == "glu":
         linears["mlp.gate_proj"] = (inner, hidden)
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if config.get("norm_placement", "sub_ln") == "sub_ln":
+    if config.get("norm_placement", "sub_ln") == "sub_ln" and config.get("model_type") != "llama":
         norms |= {"self_attn.attn_sub_norm": q, "mlp.ffn_sub_norm": inner}
     return linears, norms
 

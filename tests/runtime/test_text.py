@@ -11,7 +11,7 @@ from thrifty.checkpoint.chat_format import CHAT_TEMPLATE
 from thrifty.runtime import load
 from thrifty.runtime.chat_template import render_chat
 from thrifty.runtime.inference import byte_tokenizer as seed_tokenizer
-from thrifty.runtime.text import pieces, read_tokenizer, until_stop
+from thrifty.runtime.text import pieces, until_stop
 
 TOKENIZER = byte_tokenizer()
 
@@ -64,9 +64,10 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tmp_path):
 
 
 def test_a_malformed_tokenizer_is_named(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{")
+    path = write_checkpoint(tmp_path / "model", tokenizer=False).path
+    (path / "tokenizer.json").write_text("{")
     with pytest.raises(ThriftyError, match=r"tokenizer\.json cannot be read"):
-        read_tokenizer(tmp_path, 300)
+        load(path)
 
 
 def test_without_a_tokenizer_ids_still_work(tmp_path):

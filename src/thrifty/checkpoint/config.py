@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -116,15 +117,29 @@ def read_config(path: str | Path) -> DecoderConfig:
     Raises ThriftyError where the file is absent, is no JSON object, or asks for something not run here.
     """
     path = Path(path)
-    return _Reader(path, read_json(path)).config()
+    return config_of(path, read_json(path))
+
+
+def config_of(path: Path, fields: Mapping[str, Any]) -> DecoderConfig:
+    """The record of the fields of a config.json; `path` is for errors."""
+    return _Reader(path, fields).config()
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ThriftyError that names the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ThriftyError(f"[checkpoint] a checkpoint folder must have {path.name}; {path} is absent") from None
+    except ValueError as error:
+        raise ThriftyError(f"[checkpoint] {path} must be JSON; {error}; save it again") from error
+    return parse_json(path, text)
+
+
+def parse_json(path: Path, text: str) -> dict[str, Any]:
+    """A JSON object from the text of a file. Raises ThriftyError that names the file."""
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ThriftyError(f"[checkpoint] {path} must be JSON; {error}; save it again") from error
     if not isinstance(content, dict):
@@ -135,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
 class _Reader:
     """Fields of config.json, checked one by one so that an error names the field."""
 
-    def __init__(self, path: Path, fields: dict[str, Any]) -> None:
+    def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
         self.path = path
         self.fields = fields
 

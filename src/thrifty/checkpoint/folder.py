@@ -1,12 +1,13 @@
 """A checkpoint folder, opened and held against its own config."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from thrifty.checkpoint.config import DecoderConfig, read_config, read_json
+from thrifty.checkpoint.config import DecoderConfig, parse_json, read_config, read_json
 from thrifty.checkpoint.families import our_name
 from thrifty.checkpoint.names import HEAD, expected_tensors
 from thrifty.checkpoint.safetensors import FLOATS, Tensor, open_safetensors
@@ -24,6 +25,8 @@ class Folder:
     path: Path
     config: DecoderConfig
     tensors: dict[str, Tensor]
+    #: The texts beside the tensors, by file name, where they are no files; None for those of the folder `path`.
+    texts: Mapping[str, str] | None = None
 
     def float32(self, name: str) -> np.ndarray:
         """A tensor as a float32 copy."""
@@ -40,10 +43,14 @@ class Folder:
             return self._quantised(linear, weight.float32())
         codes = unpack_row_block(weight.data, rows)
         if codes is None:
-            raise ThriftyError(
-                f"[checkpoint] weight codes are 0, 1 and 2; '{linear}.weight' of {self.path} has 3; download it again"
-            )
-        return codes, self._multiplier(linear)
+            raise self.no_code(linear)
+        return codes, self.multiplier(linear)
+
+    def no_code(self, linear: str) -> ThriftyError:
+        """What to raise about two bits that are no code."""
+        return ThriftyError(
+            f"[checkpoint] weight codes are 0, 1 and 2; '{linear}.weight' of {self.path} has 3; download it again"
+        )
 
     def packed(self, linear: str) -> tuple[np.ndarray, np.float32] | None:
         """The stored bytes (`spec.ROW_BLOCK`) of a linear and the scale that multiplies them; None for latent weights.
@@ -52,17 +59,31 @@ class Folder:
         """
         if self.config.storage == "latent":
             return None
-        return self.tensors[f"{linear}.weight"].data, self._multiplier(linear)
+        return self.tensors[f"{linear}.weight"].data, self.multiplier(linear)
 
     def bias(self, linear: str) -> np.ndarray:
         """What is added to the product of a linear that has a bias, float32 [out]."""
         bias = self.float32(f"{linear}.bias")
-        return bias * self._multiplier(linear) if self.config.bias_scaled else bias
+        return bias * self.multiplier(linear) if self.config.bias_scaled else bias
+
+    def text(self, name: str) -> str | None:
+        """A text file of the folder; None where it is absent. Raises ThriftyError where it is no UTF-8."""
+        if self.texts is not None:
+            return self.texts.get(name)
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ThriftyError(
+                f"[checkpoint] {path} must be UTF-8; byte {error.start} is not; save it again"
+            ) from error
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder; empty where it is absent."""
-        path = self.path / name
-        return read_json(path) if path.is_file() else {}
+        text = self.text(name)
+        return {} if text is None else parse_json(self.path / name, text)
 
     def _quantised(self, linear: str, weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
         stored = f"{linear}.weight_scale" in self.tensors
@@ -72,9 +93,10 @@ class Folder:
         codes = ternary_codes(weight, scale, np) if self.config.linear == "ternary" else binary_codes(weight, np)
         return codes.astype(np.int8), scale
 
-    def _multiplier(self, linear: str) -> np.float32:
+    def multiplier(self, linear: str) -> np.float32:
+        """The scale that multiplies the codes of a packed linear. Raises ThriftyError where it is invalid."""
         scale = self._scale(linear)
-        return np.float32(1) / scale if self.config.storage == "divides" else scale
+        return reciprocal(scale) if self.config.storage == "divides" else scale
 
     def _scale(self, linear: str) -> np.float32:
         scale = self.float32(f"{linear}.weight_scale").reshape(-1)[0]
@@ -103,6 +125,17 @@ def open_folder(path: str | Path) -> Folder:
     return Folder(path, config, tensors)
 
 
+def reciprocal(scale: np.float32) -> np.float32:
+    """1 / scale: of the float32 numbers whose own reciprocal is `scale`, one that bfloat16 or float16 holds, if any.
+
+    A scale that was stored as 1 / s in float32 so comes back as the very s; 1 / (1 / s) can miss it by a bit.
+    """
+    plain = np.float32(1) / scale
+    with np.errstate(over="ignore"):
+        short = (np.float32(round_bf16(plain)), np.float32(np.float16(plain)))
+    return next((s for s in short if s != 0 and np.float32(1) / s == scale), plain)
+
+
 def _transformers_codes(weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
     """Codes and multiplier as transformers' forward quantises: by a float32 reciprocal of the mean, and back by it."""
     mean = np.float32(np.abs(weight).mean(dtype=np.float64))
@@ -111,10 +144,15 @@ def _transformers_codes(weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
     return np.clip(codes, -1, 1, out=codes).astype(np.int8), np.float32(1) / reciprocal
 
 
+def holds_codes(packed: np.ndarray) -> bool:
+    """Whether no digit of `spec.ROW_BLOCK` bytes is 3."""
+    return not (packed & (packed >> 1) & 0x55).any()
+
+
 def unpack_row_block(packed: np.ndarray, rows: int) -> np.ndarray | None:
     """`spec.unpack(ROW_BLOCK, packed, rows, ...)` with one byte a code in memory; None where a digit is 3."""
     packed = np.ascontiguousarray(packed)
-    if (packed & (packed >> 1) & 0x55).any():
+    if not holds_codes(packed):
         return None
     blocks = np.empty((4, *packed.shape), np.int8)
     for digit in range(4):

@@ -5,8 +5,10 @@ memory, so the bytes are mapped here.
 """
 
 import json
+import math
 import mmap
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from thrifty.checkpoint.atomic import atomic_file
+from thrifty.checkpoint.pipeline import made_in_order
 from thrifty.errors import ThriftyError
 from thrifty.spec import round_bf16
 
@@ -66,6 +69,35 @@ class Tensor:
         name = dtype or by_numpy[np.dtype(values.dtype)]
         return cls(name, np.asarray(values, DTYPES[name], order="C"))
 
+    def release(self) -> None:
+        """Let go of the pages of the file it lies in; the next look at any of its tensors reads them again."""
+        base: Any = self.data
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, memoryview):
+            base = base.obj
+        if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            base.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """A tensor to be written that is made when its turn comes: `make` gives its bits, as `Tensor.data`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Pending":
+        """A tensor that is there already."""
+        return cls(tensor.dtype, tensor.shape, lambda: tensor.data)
+
 
 def _widen(dtype: str, data: np.ndarray, out: np.ndarray) -> None:
     if dtype == "BF16":
@@ -103,12 +135,21 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def save_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write `tensors` atomically, in the given order; the data begin at a multiple of 64 bytes."""
+def save_safetensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor | Pending],
+    metadata: dict[str, str] | None = None,
+    written: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Write `tensors` atomically, in the given order; the data begin at a multiple of 64 bytes.
+
+    Pending ones are made by two threads, a few at a time. written: told the name of each tensor once it is written.
+    """
+    pending = {name: t if isinstance(t, Pending) else Pending.of(t) for name, t in tensors.items()}
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
-    for name, tensor in tensors.items():
-        stop = offset + tensor.data.nbytes
+    for name, tensor in pending.items():
+        stop = offset + tensor.nbytes
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, stop]}
         offset = stop
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -116,8 +157,11 @@ def save_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dic
     with atomic_file(path) as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
-        for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor.data).reshape(-1).view(np.uint8).data)
+        for name, data in zip(pending, made_in_order(t.make for t in pending.values()), strict=True):
+            if data.shape != pending[name].shape or data.dtype != DTYPES[pending[name].dtype]:
+                raise TypeError(f"'{name}' is {data.dtype} {data.shape} and was announced as {pending[name]}")
+            file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+            written(name)
 
 
 def _view(path: Path, pages: mmap.mmap, data: int, name: str, entry: dict[str, Any]) -> Tensor:

@@ -54,7 +54,7 @@ def load(
     limit = config.max_position_embeddings
     if max_context is not None and not 1 <= max_context <= limit:
         raise ThriftyError(f"[load] max_context must be from 1 to the model's {limit} positions; got {max_context}")
-    tokenizer = read_tokenizer(folder.path, config.vocab_size)
+    tokenizer = read_tokenizer(folder)
     defaults = Defaults.read(folder)
     if head_bits not in HEAD_BITS:
         raise ThriftyError(f"[load] head_bits must be 8, 4 or None; got {head_bits!r}")
@@ -280,14 +280,9 @@ class Runtime:
         return self._ids(text, add_special_tokens=False), stops
 
     def _chat_template(self) -> str | None:
-        beside = self._folder.path / "chat_template.jinja"
-        if beside.is_file():
-            try:
-                return beside.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ThriftyError(
-                    f"[chat] {beside} must be UTF-8; byte {error.start} is not; save it again"
-                ) from error
+        beside = self._folder.text("chat_template.jinja")
+        if beside is not None:
+            return beside
         return chosen_template(self._folder.json("tokenizer_config.json").get("chat_template"))
 
     def _begin(

@@ -1,25 +1,25 @@
 """Text to tokens and back: the tokenizer of a folder, pieces of text as they become whole, stop strings."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from thrifty.checkpoint import Folder
 from thrifty.errors import ThriftyError
 
 
-def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
+def read_tokenizer(folder: Folder) -> Tokenizer | None:
     """The tokenizer.json of a folder; None where there is none.
 
     Raises ThriftyError where it is malformed or has tokens that the embedding lacks. An embedding with more rows than
     the tokenizer has tokens is common (padding) and fine.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    path, text, vocab_size = folder.path / "tokenizer.json", folder.text("tokenizer.json"), folder.config.vocab_size
+    if text is None:
         return None
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises bare Exception
         raise ThriftyError(f"[tokenizer] {path} cannot be read; {error}; take it from the same checkpoint") from error
     last = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
