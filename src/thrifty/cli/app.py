@@ -40,7 +40,6 @@ EXTRA_OF = {
     "keras": "keras",
     "jax": "jax",
     "tensorflow": "tensorflow",
-    "gguf": "gguf",
     "jinja2": "chat",
 }
 

@@ -6,6 +6,16 @@ Integer results of an implementation equal these bit for bit; floats lie within 
 from thrifty.spec.attention import CHUNK, attention, attention_int8
 from thrifty.spec.dynamic_mask import dynamic_mask_attention, kept_until, key_scores
 from thrifty.spec.formats import BASE3, BASE3_ROW, BINARY, FORMATS, I2, I4, I8, ROW_BLOCK, Format, pack, unpack
+from thrifty.spec.gguf_blocks import (
+    GGUF_BLOCKS,
+    GGUF_TERNARY,
+    Q8_0,
+    BlockFormat,
+    dequantize_q8_0,
+    gguf_decode,
+    gguf_encode,
+    quantize_q8_0,
+)
 from thrifty.spec.glu import ACTIVATIONS, glu
 from thrifty.spec.mlgru import mlgru
 from thrifty.spec.product_key_experts import product_key_experts, product_key_topk, staircase
@@ -28,19 +38,26 @@ __all__ = [
     "CHUNK",
     "EPS",
     "FORMATS",
+    "GGUF_BLOCKS",
+    "GGUF_TERNARY",
     "I2",
     "I4",
     "I8",
+    "Q8_0",
     "QMAX",
     "ROW_BLOCK",
     "TOLERANCES",
+    "BlockFormat",
     "Format",
     "absmean",
     "apply_rope",
     "attention",
     "attention_int8",
     "binary_codes",
+    "dequantize_q8_0",
     "dynamic_mask_attention",
+    "gguf_decode",
+    "gguf_encode",
     "glu",
     "kept_until",
     "key_scores",
@@ -50,6 +67,7 @@ __all__ = [
     "product_key_experts",
     "product_key_topk",
     "quantize_per_token",
+    "quantize_q8_0",
     "rms_norm",
     "rope_frequencies",
     "rope_tables",
