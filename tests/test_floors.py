@@ -14,6 +14,7 @@ FLOORS = {
     "spec": 0,
     "native": 1,
     "checkpoint": 1,
+    "convert": 2,
     "runtime": 2,
     "ops": 2,
     "nn": 3,

@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from thrifty import ThriftyError
 from thrifty.checkpoint import Tensor, open_folder, open_safetensors, save_safetensors
-from thrifty.checkpoint.convert import to_transformers
 from thrifty.checkpoint.folder import reciprocal
+from thrifty.convert import to_transformers
 from thrifty.runtime import load
 
 TOKENS = np.random.default_rng(5).integers(0, 300, 100).tolist()

@@ -1,10 +1,9 @@
-"""A model from one form of files to another, tensor by tensor, its codes and scales bit for bit."""
+"""Packed folders in the two conventions of transformers, tensor by tensor, codes and scales bit for bit."""
 
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from thrifty.checkpoint.folder import Folder, holds_codes, reciprocal
 from thrifty.checkpoint.names import EMBEDDING, expected_tensors, linear_shapes
 from thrifty.checkpoint.safetensors import DTYPES, Pending, Tensor, save_safetensors
 from thrifty.checkpoint.transformers_config import biased, transformers_config
+from thrifty.convert.report import Conversion
 from thrifty.errors import ThriftyError
 from thrifty.spec import ROW_BLOCK, round_bf16
 
@@ -27,23 +27,6 @@ TEXT_FILES = (
 )
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16"}
 Written = Callable[[str], None]
-
-
-@dataclass
-class Conversion:
-    """What a conversion did."""
-
-    output: Path
-    #: Kinds of tensors before and after ("BF16 → Q8_0"), and their number and bytes.
-    kinds: dict[str, tuple[int, int]] = field(default_factory=dict)
-    #: What a user should know: what was rounded, what was left out.
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, before: str, after: str, nbytes: int) -> None:
-        """Count a tensor."""
-        key = before if before == after else f"{before} → {after}"
-        count, total = self.kinds.get(key, (0, 0))
-        self.kinds[key] = (count + 1, total + nbytes)
 
 
 def to_transformers(
