@@ -42,7 +42,7 @@ test-sanitize: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/sanitize.py
 
 test-peers: $(VENV)/.peers
-	$(BIN)/python -m pytest -m peers tests/benchmarks
+	$(BIN)/python -m pytest -m peers tests/benchmarks tests/checkpoint
 	$(BIN)/python benchmarks/runtime_vs_peers.py --shape demo --rounds 3
 
 $(VENV)/.peers: $(VENV)/.installed

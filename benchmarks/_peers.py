@@ -220,6 +220,21 @@ class Llama(Peer):
     def vocabulary(self) -> int:
         return self._library.llama_vocab_n_tokens(self._library.llama_model_get_vocab(self._model))
 
+    def tokenize(self, path: str, texts: list[str]) -> list[list[int]]:
+        """Tokens of texts by the vocabulary of a file, with those that go around a text."""
+        library = import_module("llama_cpp")
+        options = library.llama_model_default_params()
+        options.vocab_only = True
+        model = library.llama_model_load_from_file(path.encode(), options)
+        if not model:
+            raise RuntimeError(f"llama.cpp does not load the vocabulary of {path}")
+        vocabulary, found = library.llama_model_get_vocab(model), []
+        for text in map(str.encode, texts):
+            ids = (ctypes.c_int32 * (len(text) + 8))()
+            found.append(ids[: library.llama_tokenize(vocabulary, text, len(text), ids, len(ids), True, True)])
+        library.llama_model_free(model)
+        return found
+
     def forward(self, tokens: list[int], position: int) -> np.ndarray:
         library = self._library
         library.llama_memory_seq_rm(library.llama_get_memory(self._context), 0, position, -1)
