@@ -4,6 +4,7 @@ from thrifty.checkpoint.atomic import UnwritableError, atomic_file, atomic_files
 from thrifty.checkpoint.config import DecoderConfig, read_config
 from thrifty.checkpoint.folder import Folder, open_folder
 from thrifty.checkpoint.gguf import GGUF, Block, TensorToWrite, open_gguf, save_gguf
+from thrifty.checkpoint.model import open_model
 from thrifty.checkpoint.names import SEED_NAMES, SEED_SSD_A, TensorInfo, expected_tensors
 from thrifty.checkpoint.safetensors import Tensor, open_safetensors, save_safetensors
 
@@ -25,6 +26,7 @@ __all__ = [
     "explained",
     "open_folder",
     "open_gguf",
+    "open_model",
     "open_safetensors",
     "read_config",
     "save_gguf",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -85,18 +85,25 @@ class Folder:
         text = self.text(name)
         return {} if text is None else parse_json(self.path / name, text)
 
+    def multiplier(self, linear: str) -> np.float32:
+        """The scale that multiplies the codes of a linear. Raises ThriftyError where it is invalid."""
+        if self.config.storage == "divides":
+            return reciprocal(self._scale(linear))
+        if self.config.storage == "multiplies" or f"{linear}.weight_scale" in self.tensors:
+            return self._scale(linear)
+        weight = self.float32(f"{linear}.weight")
+        if self.config.latent_scale == "float32":
+            return np.float32(1) / _transformers_reciprocal(weight)
+        return np.float32(absmean(weight, np, round_bf16))
+
     def _quantised(self, linear: str, weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
-        stored = f"{linear}.weight_scale" in self.tensors
-        if not stored and self.config.latent_scale == "float32":
-            return _transformers_codes(weight)
-        scale = self._scale(linear) if stored else np.float32(absmean(weight, np, round_bf16))
+        if self.config.latent_scale == "float32" and f"{linear}.weight_scale" not in self.tensors:
+            factor = _transformers_reciprocal(weight)
+            codes = np.rint(np.multiply(weight, factor, out=weight), out=weight)
+            return np.clip(codes, -1, 1, out=codes).astype(np.int8), np.float32(1) / factor
+        scale = self.multiplier(linear)
         codes = ternary_codes(weight, scale, np) if self.config.linear == "ternary" else binary_codes(weight, np)
         return codes.astype(np.int8), scale
-
-    def multiplier(self, linear: str) -> np.float32:
-        """The scale that multiplies the codes of a packed linear. Raises ThriftyError where it is invalid."""
-        scale = self._scale(linear)
-        return reciprocal(scale) if self.config.storage == "divides" else scale
 
     def _scale(self, linear: str) -> np.float32:
         scale = self.float32(f"{linear}.weight_scale").reshape(-1)[0]
@@ -119,8 +126,6 @@ def open_folder(path: str | Path) -> Folder:
         raise ThriftyError(f"[checkpoint] a model is a folder with config.json in it; {path} {what}; check the path")
     config = read_config(path / "config.json")
     tensors = _renamed(path, _open_tensors(path), config)
-    if config.num_hidden_layers > len(tensors):
-        raise _mismatch(path, f"num_hidden_layers is {config.num_hidden_layers} and there are {len(tensors)} tensors")
     check_tensors(path, tensors, config)
     return Folder(path, config, tensors)
 
@@ -136,12 +141,10 @@ def reciprocal(scale: np.float32) -> np.float32:
     return next((s for s in short if s != 0 and np.float32(1) / s == scale), plain)
 
 
-def _transformers_codes(weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
-    """Codes and multiplier as transformers' forward quantises: by a float32 reciprocal of the mean, and back by it."""
+def _transformers_reciprocal(weight: np.ndarray) -> np.float32:
+    """What transformers' forward multiplies a latent weight by before it rounds: 1 / max(mean |w|, 1e-5)."""
     mean = np.float32(np.abs(weight).mean(dtype=np.float64))
-    reciprocal = np.float32(1) / np.maximum(mean, np.float32(EPS))
-    codes = np.rint(weight * reciprocal)
-    return np.clip(codes, -1, 1, out=codes).astype(np.int8), np.float32(1) / reciprocal
+    return np.float32(1) / np.maximum(mean, np.float32(EPS))
 
 
 def holds_codes(packed: np.ndarray) -> bool:
@@ -189,8 +192,20 @@ def _renamed(path: Path, tensors: dict[str, Tensor], config: DecoderConfig) -> d
     return renamed
 
 
-def check_tensors(path: Path, tensors: dict[str, Tensor], config: DecoderConfig) -> None:
+class Described(Protocol):
+    """What is checked of a tensor."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Described], config: DecoderConfig) -> None:
     """Raises ThriftyError where `tensors`, read from `path`, are not those that the config calls for."""
+    if config.num_hidden_layers > len(tensors):
+        raise _mismatch(path, f"num_hidden_layers is {config.num_hidden_layers} and there are {len(tensors)} tensors")
     expected = expected_tensors(config)
     for name, info in expected.items():
         tensor = tensors.get(name)

@@ -79,6 +79,11 @@ class TensorToWrite:
     shape: tuple[int, ...]
     make: Callable[[], np.ndarray | Iterable[np.ndarray]]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor. Raises ThriftyError where it does not fit its type."""
+        return _nbytes(self.name, self.kind, self.shape)
+
 
 def open_gguf(path: str | Path) -> GGUF:
     """Metadata and tensors of a .gguf file; tensors are read-only views of the mapped file, nothing is copied.
@@ -123,12 +128,17 @@ def parse_gguf(pages: bytes | mmap.mmap, path: Path) -> GGUF:
     return GGUF(path, metadata, _views(reader, infos, int(alignment)))
 
 
-def save_gguf(path: str | Path, metadata: dict[str, Any], tensors: Iterable[TensorToWrite]) -> None:
+def save_gguf(
+    path: str | Path,
+    metadata: dict[str, Any],
+    tensors: Iterable[TensorToWrite],
+    written: Callable[[str], None] = lambda _: None,
+) -> None:
     """Write a GGUF file (version 3) atomically, in the given order.
 
     metadata: bool, str and numpy scalars; numpy arrays of numbers or bools; list[str]; tuples of such arrays. Tensors
     begin at multiples of `general.alignment`, 32 where that is absent. They are made on two threads while the one
-    before is written, so that few are in memory at a time.
+    before is written, so that few are in memory at a time. written: told the name of each tensor once it is written.
     Raises ThriftyError where a tensor does not fit its type, and where the disk is full or the place cannot be written.
     """
     alignment = metadata.get(_ALIGNMENT, np.uint32(32))
@@ -141,7 +151,7 @@ def save_gguf(path: str | Path, metadata: dict[str, Any], tensors: Iterable[Tens
     infos, offset = [], 0
     for tensor in tensors:
         infos.append(_info(tensor, offset))
-        offset += _round_up(_nbytes(tensor.name, tensor.kind, tensor.shape), int(alignment))
+        offset += _round_up(tensor.nbytes, int(alignment))
     if len({tensor.name for tensor in tensors}) < len(tensors):
         raise ThriftyError(f"[gguf] tensors must have names of their own; some of {path} share one")
     header = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(values)) + b"".join(values) + b"".join(infos)
@@ -149,13 +159,14 @@ def save_gguf(path: str | Path, metadata: dict[str, Any], tensors: Iterable[Tens
         file.write(header)
         file.write(bytes(-len(header) % int(alignment)))
         for tensor, pieces in _made(pool, tensors):
-            written = 0
+            done = 0
             for piece in pieces:
-                written += file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-            size = _nbytes(tensor.name, tensor.kind, tensor.shape)
-            if written != size:
-                raise ThriftyError(f"[gguf] tensor '{tensor.name}' must have {size} bytes; got {written}")
+                done += file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+            size = tensor.nbytes
+            if done != size:
+                raise ThriftyError(f"[gguf] tensor '{tensor.name}' must have {size} bytes; got {done}")
             file.write(bytes(-size % int(alignment)))
+            written(tensor.name)
 
 
 class _Reader:

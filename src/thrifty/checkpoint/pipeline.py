@@ -1,16 +1,17 @@
-"""Arrays made by several threads and taken in order, few at a time."""
+"""What several threads make, taken in order, few at a time."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
-import numpy as np
+T = TypeVar("T")
 
 
-def made_in_order(makes: Iterable[Callable[[], np.ndarray]], n_threads: int = 2) -> Iterator[np.ndarray]:
+def made_in_order(makes: Iterable[Callable[[], T]], n_threads: int = 2) -> Iterator[T]:
     """What each of `makes` gives, in order, while `n_threads` of them run: at most that many wait to be taken."""
     with ThreadPoolExecutor(n_threads) as pool:
-        ahead: deque[Future[np.ndarray]] = deque()
+        ahead: deque[Future[T]] = deque()
         try:
             for make in makes:
                 ahead.append(pool.submit(make))

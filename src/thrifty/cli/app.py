@@ -20,6 +20,7 @@ from thrifty.errors import ThriftyError, ThriftyWarning
 COMMANDS = {
     "train": "Train a ternary language model on text.",
     "pack": "Make the small copy of a trained model: two bits per weight.",
+    "convert": "Write a model for transformers or llama.cpp, or read it from there.",
     "generate": "Continue a prompt with a packed model.",
     "chat": "Talk with a packed model in the terminal.",
     "eval": "Say how well a model knows a text, at several numbers of bits.",

@@ -48,11 +48,16 @@ def pack_folder(model: Path, output: Path, dtype: str = "bfloat16", overwrite: b
         raise ThriftyError(f"[pack] dtype must be one of {', '.join(DTYPES)}; got '{dtype}'")
     from thrifty.checkpoint import atomic_folder, open_folder
     from thrifty.checkpoint.config import read_json
+    from thrifty.convert import to_transformers
 
     # Refuses what is no such model before torch is imported.
-    open_folder(model)
+    opened = open_folder(model)
     if output.exists() and output.resolve() == model.resolve():
         raise ThriftyError(f"[pack] the packed copy needs a folder of its own; got {output}; choose another name")
+    if opened.config.latent_scale == "float32" and opened.config.storage == "latent":
+        # transformers trained it, with scales that are rounded to nothing.
+        to_transformers(opened, output, dtype={"bfloat16": "BF16", "float32": "F32"}[dtype], overwrite=overwrite)
+        return
     import torch
 
     from thrifty import models

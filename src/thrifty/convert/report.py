@@ -1,7 +1,11 @@
 """What a conversion did."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+#: Told the name of a tensor once it is written.
+Written = Callable[[str], None]
 
 
 @dataclass

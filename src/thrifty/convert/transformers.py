@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from thrifty.checkpoint.folder import Folder, holds_codes, reciprocal
 from thrifty.checkpoint.names import EMBEDDING, expected_tensors, linear_shapes
 from thrifty.checkpoint.safetensors import DTYPES, Pending, Tensor, save_safetensors
 from thrifty.checkpoint.transformers_config import biased, transformers_config
-from thrifty.convert.report import Conversion
+from thrifty.convert.report import Conversion, Written
 from thrifty.errors import ThriftyError
 from thrifty.spec import ROW_BLOCK, round_bf16
 
@@ -26,7 +26,6 @@ TEXT_FILES = (
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"),
 )
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16"}
-Written = Callable[[str], None]
 
 
 def to_transformers(

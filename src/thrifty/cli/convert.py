@@ -1,0 +1,97 @@
+"""`thrifty convert`: a model in the files of another program."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from thrifty.errors import ThriftyError
+
+if TYPE_CHECKING:
+    from thrifty.checkpoint import Folder
+    from thrifty.convert import Conversion
+    from thrifty.convert.report import Written
+
+EPILOG = """Examples:
+
+thrifty convert runs/demo/packed demo.gguf    (for llama.cpp)
+
+thrifty convert demo.gguf demo    (a folder again: transformers loads it, and so does thrifty)
+
+thrifty convert owner/name-1.58bit model --to autobitlinear    (from the hub; scales that multiply)
+
+thrifty convert model model.gguf --weights TQ1_0 --head F16
+
+Codes and scales of ternary weights are the same bits on every way there and back. What is rounded is printed.
+"""
+
+TARGETS = ("autobitlinear", "bitlinear", "gguf")
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def main(
+    source: Annotated[Path, typer.Argument(help="Folder, .gguf file or hub id.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder or .gguf file to write.", show_default=False)],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="autobitlinear or bitlinear (transformers' layers, whose scales multiply and divide), or gguf.",
+            show_default="gguf for a .gguf file, else autobitlinear",
+        ),
+    ] = None,
+    weights: Annotated[str, typer.Option(help="GGUF: ternary weights as TQ2_0 (2.06 bits) or TQ1_0 (1.69).")] = "TQ2_0",
+    head: Annotated[str, typer.Option(help="GGUF: embedding and head as Q8_0, F16, BF16 or F32.")] = "Q8_0",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Folders: dense tensors as bfloat16, float16 or float32.", show_default="as they are"),
+    ] = None,
+    any_activation: Annotated[
+        bool, typer.Option("--any-activation", help="GGUF: write activations that llama.cpp takes for SiLU.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output where it exists.")] = False,
+) -> None:
+    """Write a model in the files of another program: for transformers, or for llama.cpp.
+
+    Reads folders of transformers (BitNet, Llama, Mistral, Qwen: packed by either convention, or master weights), of
+    1bitLLM and of this package, and GGUF files (TQ1_0, TQ2_0, I2_S). Needs no torch, and memory for a few tensors.
+    """
+    to = to or ("gguf" if output.suffix == ".gguf" else "autobitlinear")
+    if to not in TARGETS:
+        raise ThriftyError(f"[convert] --to must be one of {', '.join(TARGETS)}; got '{to}'")
+    if dtype is not None and dtype not in DTYPES:
+        raise ThriftyError(f"[convert] --dtype must be one of {', '.join(DTYPES)}; got '{dtype}'")
+    if (to == "gguf") != (output.suffix == ".gguf"):
+        raise ThriftyError(f"[convert] a GGUF file ends in .gguf, and nothing else does; got {output} for '{to}'")
+    from thrifty.checkpoint import open_model
+    from thrifty.convert import to_gguf, to_transformers
+
+    start = time.perf_counter()
+    opened = open_model(source)
+
+    def run(written: "Written") -> "Conversion":
+        if to == "gguf":
+            kinds = (weights.upper(), head.upper())
+            return to_gguf(opened, output, *kinds, any_activation=any_activation, overwrite=force, written=written)
+        return to_transformers(opened, output, to, DTYPES.get(dtype or ""), force, written)
+
+    report = _with_bar(opened, run)
+    _print(report, sum(tensor.data.nbytes for tensor in opened.tensors.values()), time.perf_counter() - start)
+
+
+def _with_bar(opened: "Folder", run) -> "Conversion":
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("converting", total=len(opened.tensors))
+        return run(lambda _: progress.advance(task))
+
+
+def _print(report: "Conversion", read: int, seconds: float) -> None:
+    for kind, (count, nbytes) in sorted(report.kinds.items()):
+        print(f"  {kind:16} {count:5d} tensors  {nbytes / 1e6:10.2f} MB", file=sys.stderr)
+    total = sum(nbytes for _, nbytes in report.kinds.values())
+    speed = f"{read / 1e6:.2f} MB read, {total / 1e6:.2f} MB written, {seconds:.1f} s"
+    print(f"{report.output}: {speed}", file=sys.stderr)
