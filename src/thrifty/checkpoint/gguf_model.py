@@ -93,11 +93,8 @@ class GGUFFolder(Folder):
         if exact is None:
             # All codes are zero where there is none.
             return np.float32(1) if stored is None else np.float32(stored)
-        if (
-            not isinstance(exact, np.float32)
-            or not 0 < exact < np.inf
-            or stored not in (None, exact, np.float16(exact))
-        ):
+        sound = type(exact) is np.float32 and 0 < exact < np.inf
+        if not sound or stored not in (None, exact, np.float16(exact)):
             raise ThriftyError(
                 f"[gguf] '{SCALE}{linear}' must be the float32 that the scale of the tensor was rounded from; "
                 f"{self.path} has {exact} and {stored}; convert the model again"
@@ -224,7 +221,7 @@ def _fields(file: GGUF, blocks: Mapping[str, Block]) -> dict[str, Any]:
 
 def _shortest(value: Any) -> Any:
     """The shortest decimal of a float32: 1e-5, not 9.99999974e-06."""
-    return float(str(value)) if isinstance(value, np.float32) else value
+    return float(str(value)) if type(value) is np.float32 else value
 
 
 def _stored(file: GGUF, key: str) -> dict[str, Any]:
