@@ -3,21 +3,14 @@
 #include <atomic>
 #include <cstring>
 
+#include "digits.hpp"
 #include "pool.hpp"
 
 namespace thrifty {
 namespace {
 
-// Four codes at a time. Bytes are added within their lanes: the sign bit is kept out of the sum, so nothing carries.
-uint32_t digits_of(const int8_t* codes) {
-  uint32_t word;
-  std::memcpy(&word, codes, 4);
-  return ((word & 0x7F7F7F7Fu) + 0x01010101u) ^ (word & 0x80808080u);
-}
-
-bool are_digits(uint32_t word) { return ((word & 0xFCFCFCFCu) | (word & (word >> 1) & 0x01010101u)) == 0; }
-
-constexpr uint32_t kZeros = 0x01010101u;
+constexpr uint32_t kZeros = kOnes<uint32_t>;
+constexpr size_t kGrain = size_t{1} << 16;
 
 // The same for formats whose digits reach `most` and whose code 0 is digit `offset`.
 bool pack_wide_row(const FormatFacts& f, const int8_t* codes, size_t cols, size_t blocks, uint8_t* lane) {
@@ -46,13 +39,13 @@ bool pack_row(const FormatFacts& f, const int8_t* codes, size_t cols, size_t blo
       const size_t col = block * f.col_multiple + 4 * digit;
       uint32_t digits = kZeros;
       if (col + 4 <= cols) {
-        digits = digits_of(codes + col);
+        digits = digits_of(load_word<uint32_t>(codes + col));
       } else if (col < cols) {
         int8_t padded[4] = {};
         std::memcpy(padded, codes + col, cols - col);
-        digits = digits_of(padded);
+        digits = digits_of(load_word<uint32_t>(padded));
       }
-      good &= are_digits(digits);
+      good &= no_digits(digits) == 0;
       dword += digits * worth;
     }
     std::memcpy(lane + block * 64, &dword, 4);
@@ -60,71 +53,125 @@ bool pack_row(const FormatFacts& f, const int8_t* codes, size_t cols, size_t blo
   return good;
 }
 
-int pack_tiles(const FormatFacts& f, size_t rows, size_t cols, const int8_t* codes, uint8_t* packed) {
+int pack_tiles(const FormatFacts& f, size_t rows, size_t cols, const int8_t* codes, uint8_t* packed, int n_threads) {
   const size_t blocks = round_up(cols, f.col_multiple) / f.col_multiple;
-  for (size_t row = 0; row < round_up(rows, 16); ++row) {
-    uint8_t* lane = packed + row / 16 * blocks * 64 + row % 16 * 4;
-    const auto pack = f.offset == 1 ? pack_row : pack_wide_row;
-    // A row of padding has no columns.
-    if (!pack(f, row < rows ? codes + row * cols : codes, row < rows ? cols : 0, blocks, lane)) return THRIFTY_BAD_CODE;
-  }
-  return THRIFTY_OK;
+  const auto pack = f.offset == 1 ? pack_row : pack_wide_row;
+  std::atomic<bool> good{true};
+  run_ranges(round_up(rows, 16) / 16, 16 * cols, kGrain, n_threads, [&](size_t first, size_t end) {
+    bool all = true;
+    for (size_t row = 16 * first; row < 16 * end; ++row) {
+      uint8_t* lane = packed + row / 16 * blocks * 64 + row % 16 * 4;
+      // A row of padding has no columns.
+      all &= pack(f, row < rows ? codes + row * cols : codes, row < rows ? cols : 0, blocks, lane);
+    }
+    if (!all) good = false;
+  });
+  return good ? THRIFTY_OK : THRIFTY_BAD_CODE;
 }
 
-int unpack_tiles(const FormatFacts& f, size_t rows, size_t cols, const uint8_t* packed, int8_t* codes) {
-  const size_t blocks = round_up(cols, f.col_multiple) / f.col_multiple;
+// One row out of its lane of a tile. True where a byte or digit stands for no code.
+bool unpack_row(const FormatFacts& f, const uint8_t* lane, size_t cols, size_t blocks, int8_t* codes) {
   unsigned byte_values = 1;  // 243 of the 256 in base 3
   for (size_t digit = 0; digit < f.codes_per_byte; ++digit) byte_values *= f.radix;
   const unsigned reciprocal = 65536 / f.radix + 1;  // exact for bytes
   unsigned bad = 0;
-  for (size_t row = 0; row < rows; ++row) {
-    const uint8_t* lane = packed + row / 16 * blocks * 64 + row % 16 * 4;
-    for (size_t block = 0; block < blocks; ++block) {
-      for (size_t j = 0; j < 4; ++j) {
-        unsigned value = lane[block * 64 + j];
-        bad |= unsigned{value >= byte_values};
-        for (size_t col = block * f.col_multiple + j; col < (block + 1) * f.col_multiple; col += 4) {
-          const unsigned rest = value * reciprocal >> 16;
-          const int digit = int(value - rest * f.radix);
-          bad |= unsigned{digit > 2 * f.offset};
-          if (col < cols) codes[row * cols + col] = int8_t(digit - f.offset);
-          value = rest;
-        }
+  for (size_t block = 0; block < blocks; ++block) {
+    for (size_t j = 0; j < 4; ++j) {
+      unsigned value = lane[block * 64 + j];
+      bad |= unsigned{value >= byte_values};
+      for (size_t col = block * f.col_multiple + j; col < (block + 1) * f.col_multiple; col += 4) {
+        const unsigned rest = value * reciprocal >> 16;
+        const int digit = int(value - rest * f.radix);
+        bad |= unsigned{digit > 2 * f.offset};
+        if (col < cols) codes[col] = int8_t(digit - f.offset);
+        value = rest;
       }
     }
   }
+  return bad != 0;
+}
+
+int unpack_tiles(const FormatFacts& f, size_t rows, size_t cols, const uint8_t* packed, int8_t* codes, int n_threads) {
+  const size_t blocks = round_up(cols, f.col_multiple) / f.col_multiple;
+  std::atomic<bool> bad{false};
+  run_ranges(rows, cols, kGrain, n_threads, [&](size_t first, size_t end) {
+    bool found = false;
+    for (size_t row = first; row < end; ++row) {
+      const uint8_t* lane = packed + row / 16 * blocks * 64 + row % 16 * 4;
+      found |= unpack_row(f, lane, cols, blocks, codes + row * cols);
+    }
+    if (found) bad = true;
+  });
   return bad ? THRIFTY_BAD_CODE : THRIFTY_OK;
 }
 
-int pack_row_blocks(size_t rows, size_t cols, const int8_t* codes, uint8_t* packed) {
-  const size_t quarter = round_up(rows, 4) / 4;
-  for (size_t r = 0; r < quarter; ++r) {
-    for (size_t col = 0; col < cols; ++col) {
-      unsigned byte = 0;
-      for (size_t f = 0; f < 4; ++f) {
-        const size_t row = f * quarter + r;
-        const int code = row < rows ? codes[row * cols + col] : 0;
-        if (code < -1 || code > 1) return THRIFTY_BAD_CODE;
-        byte |= unsigned(code + 1) << (2 * f);
-      }
-      packed[r * cols + col] = uint8_t(byte);
-    }
-  }
-  return THRIFTY_OK;
+// `n` bytes, at most eight, as digits of a word; code 0 behind them, and everywhere for NULL.
+uint64_t some_digits(const int8_t* codes, size_t n) {
+  uint64_t word = 0;
+  if (codes != nullptr) std::memcpy(&word, codes, n);
+  return digits_of(word);
 }
 
-int unpack_row_blocks(size_t rows, size_t cols, const uint8_t* packed, int8_t* codes) {
-  const size_t quarter = round_up(rows, 4) / 4;
-  unsigned bad = 0;
-  for (size_t row = 0; row < rows; ++row) {
-    const uint8_t* from = packed + row % quarter * cols;
-    const size_t shift = row / quarter * 2;
-    for (size_t col = 0; col < cols; ++col) {
-      const unsigned digit = (unsigned(from[col]) >> shift) & 3;
-      bad |= unsigned{digit == 3};
-      codes[row * cols + col] = int8_t(int(digit) - 1);
+// One row of bytes of a row_block matrix from its four rows of codes, NULL for those of padding.
+uint64_t pack_quarter(const int8_t* const* codes, size_t cols, uint8_t* packed) {
+  uint64_t bad = 0;
+  for (size_t col = 0; col < cols; col += 8) {
+    const size_t n = cols - col < 8 ? cols - col : 8;
+    uint64_t bytes = 0;
+    for (size_t f = 0; f < 4; ++f) {
+      const int8_t* from = codes[f] == nullptr ? nullptr : codes[f] + col;
+      const uint64_t digits = n == 8 ? some_digits(from, 8) : some_digits(from, n);
+      bad |= no_digits(digits);
+      bytes |= digits << 2 * f;
     }
+    std::memcpy(packed + col, &bytes, n);
   }
+  return bad;
+}
+
+int pack_row_blocks(size_t rows, size_t cols, const int8_t* codes, uint8_t* packed, int n_threads) {
+  const size_t quarter = round_up(rows, 4) / 4;
+  std::atomic<uint64_t> bad{0};
+  run_ranges(quarter, 4 * cols, kGrain, n_threads, [&](size_t first, size_t end) {
+    uint64_t found = 0;
+    for (size_t r = first; r < end; ++r) {
+      const int8_t* from[4];
+      for (size_t f = 0; f < 4; ++f) from[f] = f * quarter + r < rows ? codes + (f * quarter + r) * cols : nullptr;
+      found |= pack_quarter(from, cols, packed + r * cols);
+    }
+    bad |= found;
+  });
+  return bad ? THRIFTY_BAD_CODE : THRIFTY_OK;
+}
+
+uint64_t unpack_quarter(const uint8_t* packed, size_t shift, size_t cols, int8_t* codes) {
+  uint64_t bad = 0;
+  size_t col = 0;
+  for (; col + 8 <= cols; col += 8) {
+    const uint64_t digits = load_word<uint64_t>(packed + col) >> shift & 3 * kOnes<uint64_t>, word = codes_of(digits);
+    bad |= no_digits(digits);
+    std::memcpy(codes + col, &word, 8);
+  }
+  for (; col < cols; ++col) {
+    const unsigned digit = unsigned(packed[col]) >> shift & 3;
+    bad |= uint64_t{digit == 3};
+    codes[col] = int8_t(int(digit) - 1);
+  }
+  return bad;
+}
+
+int unpack_row_blocks(size_t rows, size_t cols, const uint8_t* packed, int8_t* codes, int n_threads) {
+  const size_t quarter = round_up(rows, 4) / 4;
+  std::atomic<uint64_t> bad{0};
+  run_ranges(quarter, 4 * cols, kGrain, n_threads, [&](size_t first, size_t end) {
+    uint64_t found = 0;
+    for (size_t r = first; r < end; ++r) {
+      for (size_t row = r; row < rows; row += quarter) {
+        found |= unpack_quarter(packed + r * cols, row / quarter * 2, cols, codes + row * cols);
+      }
+    }
+    bad |= found;
+  });
   return bad ? THRIFTY_BAD_CODE : THRIFTY_OK;
 }
 
@@ -167,17 +214,16 @@ int thrifty_repack(int format, const uint8_t* row_block, int64_t rows, int64_t c
   const size_t blocks = round_up(size_t(cols), f.col_multiple) / f.col_multiple;
   const size_t quarter = round_up(size_t(rows), 4) / 4;
   std::atomic<uint32_t> bad{0};
-  run_ranges(round_up(size_t(rows), 16) / 16, 16 * size_t(cols), size_t{1} << 16, n_threads,
-             [&](size_t first, size_t end) {
-               uint32_t found = 0;
-               for (size_t row = 16 * first; row < 16 * end; ++row) {
-                 const size_t tile = size_t(first_tile) + row / 16 * size_t(tile_step);
-                 const uint8_t* from = row < size_t(rows) ? row_block + row % quarter * size_t(cols) : nullptr;
-                 found |= repack_row(f, from, unsigned(row / quarter * 2), size_t(cols), blocks,
-                                     packed + tile * blocks * 64 + row % 16 * 4);
-               }
-               bad |= found;
-             });
+  run_ranges(round_up(size_t(rows), 16) / 16, 16 * size_t(cols), kGrain, n_threads, [&](size_t first, size_t end) {
+    uint32_t found = 0;
+    for (size_t row = 16 * first; row < 16 * end; ++row) {
+      const size_t tile = size_t(first_tile) + row / 16 * size_t(tile_step);
+      const uint8_t* from = row < size_t(rows) ? row_block + row % quarter * size_t(cols) : nullptr;
+      found |= repack_row(f, from, unsigned(row / quarter * 2), size_t(cols), blocks,
+                          packed + tile * blocks * 64 + row % 16 * 4);
+    }
+    bad |= found;
+  });
   return bad ? THRIFTY_BAD_CODE : THRIFTY_OK;
 }
 
@@ -187,16 +233,16 @@ size_t thrifty_pack_size(int format, int64_t rows, int64_t cols) {
   return round_up(size_t(rows), f.row_multiple) * round_up(size_t(cols), f.col_multiple) / f.codes_per_byte;
 }
 
-int thrifty_pack(int format, int64_t rows, int64_t cols, const int8_t* codes, uint8_t* packed) {
+int thrifty_pack(int format, int64_t rows, int64_t cols, const int8_t* codes, uint8_t* packed, int n_threads) {
   if (!valid_format(format)) return THRIFTY_BAD_FORMAT;
   if (!valid_shape(rows, cols) || !codes || !packed) return THRIFTY_BAD_ARGUMENT;
-  if (format == THRIFTY_ROW_BLOCK) return pack_row_blocks(size_t(rows), size_t(cols), codes, packed);
-  return pack_tiles(kFormats[format], size_t(rows), size_t(cols), codes, packed);
+  if (format == THRIFTY_ROW_BLOCK) return pack_row_blocks(size_t(rows), size_t(cols), codes, packed, n_threads);
+  return pack_tiles(kFormats[format], size_t(rows), size_t(cols), codes, packed, n_threads);
 }
 
-int thrifty_unpack(int format, int64_t rows, int64_t cols, const uint8_t* packed, int8_t* codes) {
+int thrifty_unpack(int format, int64_t rows, int64_t cols, const uint8_t* packed, int8_t* codes, int n_threads) {
   if (!valid_format(format)) return THRIFTY_BAD_FORMAT;
   if (!valid_shape(rows, cols) || !codes || !packed) return THRIFTY_BAD_ARGUMENT;
-  if (format == THRIFTY_ROW_BLOCK) return unpack_row_blocks(size_t(rows), size_t(cols), packed, codes);
-  return unpack_tiles(kFormats[format], size_t(rows), size_t(cols), packed, codes);
+  if (format == THRIFTY_ROW_BLOCK) return unpack_row_blocks(size_t(rows), size_t(cols), packed, codes, n_threads);
+  return unpack_tiles(kFormats[format], size_t(rows), size_t(cols), packed, codes, n_threads);
 }

@@ -7,6 +7,7 @@ import numpy as np
 
 from thrifty import spec
 from thrifty.native import ACTIVATION_IDS, DTYPE_IDS
+from thrifty.native._gguf_blocks import KIND_IDS
 from thrifty.native._library import FORMAT_IDS as TERNARY_IDS
 
 FORMAT_IDS = {**TERNARY_IDS, "i8": 3, "i4": 4}
@@ -17,6 +18,7 @@ FUNCTIONS = (
     *("pack_size", "cache_size", "cache_copy", "isa_select", "buffer", "cache_evict", "pack", "unpack", "repack"),
     *("ternary_matmul", "quantize_per_token", "rms_norm", "glu", "read_bandwidth", "int8_peak", "run"),
     *("product_key_topk", "product_key_experts", "kept_until"),
+    *("gguf_encode", "gguf_decode", "quantize_q8_0", "dequantize_q8_0"),
 )
 #: In the order of `Check` in the driver.
 GIVEN, EXACT, CLOSE, ANY, CACHE = range(5)
@@ -105,6 +107,30 @@ def repack_case(rng: np.random.Generator, fmt: str, rows: int, cols: int) -> Cas
     packed[1::2] = tiles
     arrays = case.given(spec.pack(spec.ROW_BLOCK, codes)), case.exact(packed)
     case.call("repack", FORMAT_IDS[fmt], arrays[0], rows, cols, arrays[1], 1, 2)
+    return case
+
+
+def gguf_case(rng: np.random.Generator, kind: str, rows: int, blocks: int) -> Case:
+    fmt, cols = spec.GGUF_BLOCKS[kind], blocks * spec.GGUF_BLOCKS[kind].weights
+    case, codes = Case(f"gguf {kind} {rows}x{cols}"), rng.integers(-1, 2, (rows, cols)).astype(np.int8)
+    codes[0, : cols // blocks] = 0
+    data = spec.gguf_encode(kind, codes, 0.75)
+    scales = np.where(codes.reshape(-1, fmt.weights).any(1) if kind != "I2_S" else [True], np.float32(0.75), 0)
+    given, there, back = case.given(codes), case.exact(data), case.exact(codes)
+    case.call("gguf_encode", KIND_IDS[kind], given, rows, cols, there, floats=(0.75,))
+    case.call("gguf_decode", KIND_IDS[kind], there, rows, cols, back, case.exact(scales.astype(np.float32)))
+    return case
+
+
+def q8_case(rng: np.random.Generator, dtype: str, rows: int, blocks: int) -> Case:
+    case, cols = Case(f"q8_0 of {dtype} {rows}x{32 * blocks}"), 32 * blocks
+    values = spec.round_bf16(rng.standard_normal((rows, cols)).astype(np.float32))
+    values[0, :32] = 0
+    stored = {"F32": values, "BF16": (values.view(np.uint32) >> 16).astype(np.uint16), "F16": values.astype(np.float16)}
+    data = spec.quantize_q8_0(stored["F16"].astype(np.float32) if dtype == "F16" else values)
+    there, back = case.exact(data), case.exact(spec.dequantize_q8_0(data, rows, cols))
+    case.call("quantize_q8_0", case.given(stored[dtype]), DTYPE_IDS[dtype], rows, cols, there)
+    case.call("dequantize_q8_0", there, rows, cols, back)
     return case
 
 
@@ -257,6 +283,9 @@ def single_cases(rng: np.random.Generator) -> Iterator[Case]:
     for fmt in ("i2", "base3", "i8", "i4"):
         most = max(spec.FORMATS[fmt].codes)
         yield from (matmul_case(rng, fmt, 17, 3000, n, full) for full in (-most, most) for n in (2, 17))
+    shapes = (1, 1), (3, 2), (63, 5)
+    yield from (gguf_case(rng, kind, *shape) for kind in KIND_IDS for shape in shapes)
+    yield from (q8_case(rng, dtype, *shape) for dtype in ("F32", "BF16", "F16") for shape in (*shapes, (63, 17)))
     yield from (norm_case(rng, n, d) for n in (1, 3) for d in (*UGLY, 15, 16, 17, 2560))
     yield norm_case(rng, 70, 1000)
     yield from (not_finite_case(d) for d in (1, 21, 500))
@@ -269,6 +298,41 @@ def single_cases(rng: np.random.Generator) -> Iterator[Case]:
     shapes = (1, 1), (3, 7), (70, 64)
     yield from (experts_case(rng, *shape, d, act) for shape in shapes for d in UGLY for act in ("silu", "relu"))
     yield from memory_cases()
+
+
+def gguf_refused_case() -> Case:
+    case, a = Case("refused: blocks of GGUF"), np.zeros(256, np.float32)
+    codes, data, floats = case.given(a.astype(np.int8)), case.given(a.view(np.uint8)), case.given(a)
+    wrong, digits = case.given(np.full(256, 2, np.int8)), case.given(np.full(96, 0xFF, np.uint8))
+    there, back = case.scratch(np.zeros(96, np.uint8)), case.scratch(np.zeros(256, np.float32))
+    for kind in (-1, 3):
+        case.call("gguf_encode", kind, codes, 1, 256, data, floats=(1.0,), result=BAD_FORMAT)
+        case.call("gguf_decode", kind, data, 1, 256, codes, floats, result=BAD_FORMAT)
+    for kind in KIND_IDS.values():
+        for numbers in ((NULL, 1, 256, data), (codes, 1, 256, NULL), (codes, 0, 256, data), (codes, 1, 64, data)):
+            case.call("gguf_encode", kind, *numbers, floats=(1.0,), result=BAD_ARGUMENT)
+        for scale in (0.0, -1.0, np.inf, np.nan):
+            case.call("gguf_encode", kind, codes, 1, 256, data, floats=(scale,), result=BAD_ARGUMENT)
+        for numbers in ((NULL, 1, 256, codes, floats), (data, 1, 256, NULL, floats), (data, 1, 256, codes, NULL)):
+            case.call("gguf_decode", kind, *numbers, result=BAD_ARGUMENT)
+        case.call("gguf_encode", kind, wrong, 1, 256, there, floats=(1.0,), result=BAD_CODE)
+        case.call("gguf_decode", kind, digits, 1, 256, back, there, result=BAD_CODE)
+    for scale in (7e4, 1e-8):
+        case.call("gguf_encode", KIND_IDS["TQ1_0"], codes, 1, 256, data, floats=(scale,), result=BAD_ARGUMENT)
+    for numbers in (
+        (NULL, 0, 1, 32, data),
+        (floats, 0, 1, 32, NULL),
+        (floats, 0, 1, 33, data),
+        (floats, 0, 0, 32, data),
+    ):
+        case.call("quantize_q8_0", *numbers, result=BAD_ARGUMENT)
+    case.call("quantize_q8_0", floats, 3, 1, 32, data, result=BAD_FORMAT)
+    for number in (np.inf, np.nan, 9e6):
+        bad = case.given(np.full(32, number, np.float32))
+        case.call("quantize_q8_0", bad, 0, 1, 32, there, result=BAD_CODE)
+    for numbers in ((NULL, 1, 32, floats), (data, 1, 32, NULL), (data, 1, 31, floats), (data, -1, 32, floats)):
+        case.call("dequantize_q8_0", *numbers, result=BAD_ARGUMENT)
+    return case
 
 
 def refused_cases() -> Iterator[Case]:
@@ -304,12 +368,14 @@ def refused_cases() -> Iterator[Case]:
 
     case = Case("refused: codes")
     wrong, digits = case.given(np.full((16, 20), -2, np.int8)), case.given(np.full(80, 0xFF, np.uint8))
-    there, back = case.scratch(np.zeros(80, np.uint8)), case.scratch(np.zeros((16, 20), np.int8))
+    there, back = case.scratch(np.zeros(128, np.uint8)), case.scratch(np.zeros((16, 20), np.int8))
     for fmt in ("i2", "base3", "row_block"):
         case.call("pack", FORMAT_IDS[fmt], 16, 20, wrong, there, result=BAD_CODE)
         case.call("unpack", FORMAT_IDS[fmt], 16, 16 if fmt == "i2" else 20, digits, back, result=BAD_CODE)
     case.call("repack", 0, digits, 16, 16, there, 0, 1, result=BAD_CODE)
     yield case
+
+    yield gguf_refused_case()
 
     case = Case("refused: operands")
     a = case.given(np.zeros(64, np.float32))

@@ -21,7 +21,7 @@ extern "C" {
 #endif
 
 /* Raised when a signature below changes; the loader refuses any other number. */
-#define THRIFTY_ABI_VERSION 6
+#define THRIFTY_ABI_VERSION 7
 
 enum thrifty_status {
   THRIFTY_OK = 0,
@@ -82,13 +82,32 @@ THRIFTY_API void thrifty_use_huge_pages(void* memory, size_t bytes);
 /* Bytes of a packed matrix, padding included; 0 for a bad format or shape. */
 THRIFTY_API size_t thrifty_pack_size(int format, int64_t rows, int64_t cols);
 /* packed = bytes of codes int8 [rows, cols], each among the format's. */
-THRIFTY_API int thrifty_pack(int format, int64_t rows, int64_t cols, const int8_t* codes, uint8_t* packed);
-THRIFTY_API int thrifty_unpack(int format, int64_t rows, int64_t cols, const uint8_t* packed, int8_t* codes);
+THRIFTY_API int thrifty_pack(int format, int64_t rows, int64_t cols, const int8_t* codes, uint8_t* packed,
+                             int n_threads);
+THRIFTY_API int thrifty_unpack(int format, int64_t rows, int64_t cols, const uint8_t* packed, int8_t* codes,
+                               int n_threads);
 
 /* The tiles of a ROW_BLOCK matrix [rows, cols] in I2 or BASE3: tile t goes to tile first_tile + t * tile_step of
  * `packed`, so that several matrices can be stacked, or interleaved, in one. */
 THRIFTY_API int thrifty_repack(int format, const uint8_t* row_block, int64_t rows, int64_t cols, uint8_t* packed,
                                int64_t first_tile, int64_t tile_step, int n_threads);
+
+/* Types of GGUF files that hold ternary codes, as src/thrifty/spec/gguf_blocks.py defines them. cols: whole blocks of
+ * 256 (I2_S: 128). data: rows * cols / 256 * 54 bytes (TQ2_0: 66; I2_S: rows * cols / 4 + THRIFTY_I2_S_TAIL). */
+enum thrifty_gguf { THRIFTY_TQ1_0 = 0, THRIFTY_TQ2_0 = 1, THRIFTY_I2_S = 2, THRIFTY_GGUF_COUNT = 3 };
+#define THRIFTY_I2_S_TAIL 32
+/* data = bytes of codes * scale; codes: int8 [rows, cols], each -1, 0 or 1. */
+THRIFTY_API int thrifty_gguf_encode(int kind, const int8_t* codes, int64_t rows, int64_t cols, float scale,
+                                    uint8_t* data, int n_threads);
+/* codes: int8 [rows, cols], 0 where the scale is; scales: of each block of 256, 0 where all its codes are 0; of I2_S
+ * the one there is. */
+THRIFTY_API int thrifty_gguf_decode(int kind, const uint8_t* data, int64_t rows, int64_t cols, int8_t* codes,
+                                    float* scales, int n_threads);
+/* data = Q8_0 of values [rows, cols] in dtype, enum thrifty_dtype but INT8: of each 32 columns, a float16 scale and 32
+ * signed bytes. BAD_CODE for what is not finite, or too large for such a scale. */
+THRIFTY_API int thrifty_quantize_q8_0(const void* values, int dtype, int64_t rows, int64_t cols, uint8_t* data,
+                                      int n_threads);
+THRIFTY_API int thrifty_dequantize_q8_0(const uint8_t* data, int64_t rows, int64_t cols, float* values, int n_threads);
 
 /* y = float(x . w^T) * (x_scale * w_scale) + bias, the product exact in int32.
  * packed: any format but ROW_BLOCK of [rows, cols]; w_scale: [n_w_scales], 1 or rows; bias: [rows] or NULL; x: int8 [n,

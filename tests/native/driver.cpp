@@ -222,7 +222,11 @@ enum Function : int64_t {
   kRun,
   kProductKeyTopk,
   kProductKeyExperts,
-  kKeptUntil
+  kKeptUntil,
+  kGgufEncode,
+  kGgufDecode,
+  kQuantizeQ8,
+  kDequantizeQ8
 };
 
 int64_t run_call(const Call& call, const Memory& memory, int threads) {
@@ -234,8 +238,8 @@ int64_t run_call(const Call& call, const Memory& memory, int threads) {
     case kIsaSelect: return thrifty_isa_select(a.p<char>(0));
     case kBuffer: return use_memory(size_t(a(0)));
     case kCacheEvict: return thrifty_cache_evict(a.p<void>(0), size_t(a(1))), 0;
-    case kPack: return thrifty_pack(a.i(0), a(1), a(2), a.p<int8_t>(3), a.p<uint8_t>(4));
-    case kUnpack: return thrifty_unpack(a.i(0), a(1), a(2), a.p<uint8_t>(3), a.p<int8_t>(4));
+    case kPack: return thrifty_pack(a.i(0), a(1), a(2), a.p<int8_t>(3), a.p<uint8_t>(4), threads);
+    case kUnpack: return thrifty_unpack(a.i(0), a(1), a(2), a.p<uint8_t>(3), a.p<int8_t>(4), threads);
     case kRepack: return thrifty_repack(a.i(0), a.p<uint8_t>(1), a(2), a(3), a.p<uint8_t>(4), a(5), a(6), threads);
     case kTernaryMatmul:
       return thrifty_ternary_matmul(a.i(0), a.p<uint8_t>(1), a(2), a(3), a.p<float>(4), a(5), a.p<float>(6),
@@ -260,6 +264,11 @@ int64_t run_call(const Call& call, const Memory& memory, int threads) {
                                          threads);
     case kKeptUntil:
       return thrifty_kept_until(a.p<float>(0), a(1), a(2), a(3), a.p<uint64_t>(4), a.p<int64_t>(5), threads);
+    case kGgufEncode: return thrifty_gguf_encode(a.i(0), a.p<int8_t>(1), a(2), a(3), a.f(0), a.p<uint8_t>(4), threads);
+    case kGgufDecode:
+      return thrifty_gguf_decode(a.i(0), a.p<uint8_t>(1), a(2), a(3), a.p<int8_t>(4), a.p<float>(5), threads);
+    case kQuantizeQ8: return thrifty_quantize_q8_0(a.p<void>(0), a.i(1), a(2), a(3), a.p<uint8_t>(4), threads);
+    case kDequantizeQ8: return thrifty_dequantize_q8_0(a.p<uint8_t>(0), a(1), a(2), a.p<float>(3), threads);
     default: fail("no function " + std::to_string(call.function));
   }
 }

@@ -14,6 +14,7 @@ from thrifty.errors import ThriftyError
 from thrifty.native import _library
 from thrifty.native._attention import attention, glu
 from thrifty.native._experts import MOST_CHOSEN, product_key_experts, product_key_topk
+from thrifty.native._gguf_blocks import dequantize_q8_0, gguf_decode, gguf_encode, quantize_q8_0
 from thrifty.native._kept_until import kept_until
 from thrifty.native._library import aligned_empty
 from thrifty.native._matmul import ternary_matmul
@@ -167,9 +168,12 @@ __all__ = [
     "cache_nbytes",
     "cpu_threads",
     "default_threads",
+    "dequantize_q8_0",
     "detected_isas",
     "dynamic_mask_attention",
     "float_matmul",
+    "gguf_decode",
+    "gguf_encode",
     "glu",
     "info",
     "int8_peak",
@@ -181,6 +185,7 @@ __all__ = [
     "product_key_topk",
     "quantize_into",
     "quantize_per_token",
+    "quantize_q8_0",
     "read_bandwidth",
     "refused_isas",
     "repack",

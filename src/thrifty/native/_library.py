@@ -12,7 +12,7 @@ import numpy as np
 import thrifty.native
 from thrifty.errors import ThriftyError
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 FILE_NAME = {"win32": "libthrifty.dll", "darwin": "libthrifty.dylib"}.get(sys.platform, "libthrifty.so")
 
 #: Numbers of the formats in the C interface.
@@ -44,9 +44,13 @@ _PROTOTYPES = {
     "buffer_free": (None, _pointer),
     "use_huge_pages": (None, _pointer, _size),
     "pack_size": (_size, _int, _i64, _i64),
-    "pack": (_int, _int, _i64, _i64, _pointer, _pointer),
-    "unpack": (_int, _int, _i64, _i64, _pointer, _pointer),
+    "pack": (_int, _int, _i64, _i64, _pointer, _pointer, _int),
+    "unpack": (_int, _int, _i64, _i64, _pointer, _pointer, _int),
     "repack": (_int, _int, _pointer, _i64, _i64, _pointer, _i64, _i64, _int),
+    "gguf_encode": (_int, _int, _pointer, _i64, _i64, _float, _pointer, _int),
+    "gguf_decode": (_int, _int, _pointer, _i64, _i64, _pointer, _pointer, _int),
+    "quantize_q8_0": (_int, _pointer, _int, _i64, _i64, _pointer, _int),
+    "dequantize_q8_0": (_int, _pointer, _i64, _i64, _pointer, _int),
     "ternary_matmul": (
         *(_int, _int, _pointer, _i64, _i64, _pointer, _i64, _pointer),
         *(_pointer, _i64, _pointer, _i64, _pointer, _int),

@@ -12,7 +12,7 @@ KERNEL_FORMATS = ("i2", "base3")
 MATRIX_FORMATS = (*KERNEL_FORMATS, "i8", "i4")
 
 
-def pack(fmt: str, codes: np.ndarray) -> np.ndarray:
+def pack(fmt: str, codes: np.ndarray, n_threads: int | None = None) -> np.ndarray:
     """Bytes of weight codes int8 [rows, cols], as `thrifty.spec.pack`: uint8 of the format's packed shape.
 
     fmt: 'i2', 'base3' or 'row_block' natively, any format of the spec through numpy. Raises ThriftyError where a code
@@ -22,11 +22,11 @@ def pack(fmt: str, codes: np.ndarray) -> np.ndarray:
     if library is None or fmt not in FORMAT_IDS:
         return spec.pack(record, codes)
     packed = aligned_empty(record.nbytes(*codes.shape)).reshape(record.packed_shape(*codes.shape))
-    pack_into(fmt, codes, packed)
+    pack_into(fmt, codes, packed, n_threads)
     return packed
 
 
-def pack_into(fmt: str, codes: np.ndarray, packed: np.ndarray) -> None:
+def pack_into(fmt: str, codes: np.ndarray, packed: np.ndarray, n_threads: int | None = None) -> None:
     """`pack` into a contiguous uint8 array of the packed size."""
     record, library, codes = _format(fmt), load(), _codes("pack", fmt, codes)
     if library is None or fmt not in FORMAT_IDS:
@@ -37,11 +37,12 @@ def pack_into(fmt: str, codes: np.ndarray, packed: np.ndarray) -> None:
             f"[pack] {codes.shape[0]} x {codes.shape[1]} weights in '{fmt}' take {record.nbytes(*codes.shape)}"
             f" contiguous bytes; got {packed.nbytes}"
         )
-    status = library.pack(FORMAT_IDS[fmt], *codes.shape, codes.ctypes.data, packed.ctypes.data)
+    threads = default_threads() if n_threads is None else n_threads
+    status = library.pack(FORMAT_IDS[fmt], *codes.shape, codes.ctypes.data, packed.ctypes.data, threads)
     library.check("pack", status)
 
 
-def unpack(fmt: str, packed: np.ndarray, rows: int, cols: int) -> np.ndarray:
+def unpack(fmt: str, packed: np.ndarray, rows: int, cols: int, n_threads: int | None = None) -> np.ndarray:
     """Weight codes int8 [rows, cols] of bytes made by `pack`, as `thrifty.spec.unpack`.
 
     Raises ThriftyError where the byte count does not fit the shape, a digit stands for no code, or the columns are too
@@ -53,8 +54,9 @@ def unpack(fmt: str, packed: np.ndarray, rows: int, cols: int) -> np.ndarray:
     if library is None or fmt not in FORMAT_IDS or packed.size != record.nbytes(rows, cols):
         return spec.unpack(record, packed, rows, cols)
     packed = np.ascontiguousarray(packed, np.uint8)
-    codes = np.empty((rows, cols), np.int8)
-    status = library.unpack(FORMAT_IDS[fmt], rows, cols, packed.ctypes.data, codes.ctypes.data)
+    codes = aligned_empty(rows * cols).view(np.int8).reshape(rows, cols)
+    threads = default_threads() if n_threads is None else n_threads
+    status = library.unpack(FORMAT_IDS[fmt], rows, cols, packed.ctypes.data, codes.ctypes.data, threads)
     library.check("unpack", status)
     return codes
 
