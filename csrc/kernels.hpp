@@ -127,6 +127,8 @@ struct Mlgru {
   const float* c;
   const float* g;
   float* y;
+  const float* bounds;
+  bool silu;
 };
 
 struct Ssd {

@@ -28,12 +28,17 @@ def _memory(case: Case, nbytes: int) -> int:
 def mlgru_case(rng: np.random.Generator, d: int) -> Case:
     case = Case(f"step: mlgru of {d}")
     f, c, g = rng.uniform(0, 1, (3, TEXT, d)).astype(np.float32)
-    states, y = _memory(case, -(-d // 16) * 64), g * spec.mlgru(f, c)
-    for start, stop in STEPS:
-        program = Program(case)
-        given = [case.given(_cut(a, d + 3, start, stop)) for a in (f, c, g)]
-        program.op(OpCode.MLGRU, (d, d + 3, d, 0), (*given, case.exact(y[start:stop])))
-        program.run(stop - start, positions=range(start, stop), caches=[(states, CACHE_BLOCK, states)])
+    bounds = rng.uniform(0, 1, d).astype(np.float32)
+    plain, bounded = g * spec.mlgru(f, c), g * spec.ACTIVATIONS["silu"](spec.mlgru(f, c, bounds=bounds))
+    for silu in (False, True):
+        states = _memory(case, -(-d // 16) * 64)
+        for start, stop in STEPS:
+            program = Program(case)
+            given = [case.given(_cut(a, d + 3, start, stop)) for a in (f, c, g)]
+            y = case.close(bounded[start:stop]) if silu else case.exact(plain[start:stop])
+            last = case.given(bounds) if silu else NULL
+            program.op(OpCode.MLGRU, (d, d + 3, d, 0, silu), (*given, y, last))
+            program.run(stop - start, positions=range(start, stop), caches=[(states, CACHE_BLOCK, states)])
     return case
 
 

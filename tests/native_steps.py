@@ -72,11 +72,12 @@ def matmul_case(rng: np.random.Generator, fmt: str, rows: int, cols: int, n: int
     store = Program(case)
     store.op(OpCode.MATMUL, (*numbers, rows, rows, Epilogue.STORE), (*operands, case.exact(expected)))
     store.run(n)
-    add, half = Program(case), np.full((n, rows + 5), 0.5, np.float32)
-    total = half.copy()
-    total[:, :rows] += expected
-    add.op(OpCode.MATMUL, (*numbers, rows + 5, rows, Epilogue.ADD), (*operands, case.exact(total, half)))
-    add.run(n)
+    half = np.full((n, rows + 5), 0.5, np.float32)
+    for epilogue, values in ((Epilogue.ADD, 0.5 + expected), (Epilogue.MULTIPLY, 0.5 * expected)):
+        program, total = Program(case), half.copy()
+        total[:, :rows] = values
+        program.op(OpCode.MATMUL, (*numbers, rows + 5, rows, epilogue), (*operands, case.exact(total, half)))
+        program.run(n)
     return case
 
 

@@ -177,8 +177,14 @@ enum thrifty_activation {
 };
 
 /* What a product does with a value v of column c. GATE_UP: tiles of 16 rows alternate between gate and up, and
- * y = act(gate) * up. */
-enum thrifty_epilogue { THRIFTY_STORE = 0, THRIFTY_ADD = 1, THRIFTY_ACT = 2, THRIFTY_GATE_UP = 3 };
+ * y = act(gate) * up. MULTIPLY: y = y * v, for an up whose input is not the gate's. */
+enum thrifty_epilogue {
+  THRIFTY_STORE = 0,
+  THRIFTY_ADD = 1,
+  THRIFTY_ACT = 2,
+  THRIFTY_GATE_UP = 3,
+  THRIFTY_MULTIPLY = 4
+};
 
 /* Keys and values of one sequence: base, aligned to 64 bytes, of thrifty_cache_size bytes for `capacity` positions,
  * a multiple of THRIFTY_CACHE_BLOCK. Nothing needs to be zero. Where the keys of a layer lie is the library's affair,
@@ -244,7 +250,8 @@ enum thrifty_op_flags {
  *               Layer l lies at + l * bytes behind `states`: keys and values as of thrifty_cache_size for score heads
  *               and s slots, s = min(window, capacity) padded to THRIFTY_CACHE_BLOCK, then scores float and positions
  *               int32 [score heads, s].
- * MLGRU         d, x stride, y stride, at;; f, c, g or NULL for ones, y: h = f h + (1 - f) c, y = g h. State: d floats.
+ * MLGRU         d, x stride, y stride, at, 1 for silu(h) or 0;; f, c, g or NULL for ones, y, bounds [d] or NULL for
+ *               zeros: f = bounds + (1 - bounds) f, h = f h + (1 - f) c, y = g h, or g silu(h). State: d floats.
  * SSD           heads, groups, p, n, x stride, dt stride, y stride, at;; x [heads * p], B, C [groups * n], dt [heads],
  *               A [heads], y [heads * p]: with s = softplus(dt), h = exp(A s) h + s x B^T, y = h C. B and C have the
  *               stride of x. State: floats [heads, n, p padded to 16].

@@ -25,7 +25,7 @@ inline RopeCache rope_cache_of(const thrifty_op& op, const thrifty_batch& batch)
 
 inline Mlgru mlgru_of(const thrifty_op& op, const thrifty_batch& batch, size_t rows) {
   const Fields f{op};
-  return {&batch, rows, f.n(0), f.n(1), f.n(2), f.n(3), f.p(0), f.p(1), f.p(2), f.p(3)};
+  return {&batch, rows, f.n(0), f.n(1), f.n(2), f.n(3), f.p(0), f.p(1), f.p(2), f.p(3), f.p(4), f.n(4) != 0};
 }
 
 inline Ssd ssd_of(const thrifty_op& op, const thrifty_batch& batch, size_t rows) {

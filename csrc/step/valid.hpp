@@ -7,7 +7,7 @@
 namespace thrifty {
 namespace {
 
-bool valid_epilogue(const thrifty_op& op) { return op.n[6] <= THRIFTY_GATE_UP && op.n[7] <= THRIFTY_SIGMOID; }
+bool valid_epilogue(const thrifty_op& op) { return op.n[6] <= THRIFTY_MULTIPLY && op.n[7] <= THRIFTY_SIGMOID; }
 
 bool valid_cache(int64_t dtype, int64_t head_dim) {
   return dtype == THRIFTY_F32 || dtype == THRIFTY_F16 || (dtype == THRIFTY_INT8 && head_dim <= int64_t{kMostInt8Dim});

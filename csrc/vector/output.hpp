@@ -22,7 +22,7 @@ void emit(const Output& o, size_t tile, size_t token, typename V::F v) {
     auto before = load_some<V>(y, count);
     if (o.factors) before = V::mul(before, load_some<V>(o.factors + first, count));
     v = V::add(before, v);
-  } else if (pairs) {
+  } else if (pairs || o.epilogue == THRIFTY_MULTIPLY) {
     v = V::mul(load_some<V>(y, count), v);
   }
   store_some<V>(y, count, v);

@@ -86,6 +86,21 @@ def test_mlgru(d):
     np.testing.assert_array_equal(in_steps(make, 40, -(-d * 4 // 64) * 64), expected)
 
 
+@pytest.mark.parametrize("d", [1, 63, 257])
+def test_mlgru_with_bounds_and_silu(d):
+    rng = np.random.default_rng(d)
+    f, c, g = rng.uniform(0, 1, (3, 40, d)).astype(np.float32)
+    bounds = rng.uniform(0, 1, d).astype(np.float32)
+
+    def make(start: int, stop: int) -> tuple[Op, np.ndarray]:
+        y = poisoned(stop - start, d)
+        arrays = [np.ascontiguousarray(a[start:stop]) for a in (f, c, g)]
+        return Op(OpCode.MLGRU, (d, d, d, 0, 1), (*arrays, y, bounds)), y
+
+    expected = g * spec.ACTIVATIONS["silu"](spec.mlgru(f, c, bounds=bounds))
+    close(in_steps(make, 40, -(-d * 4 // 64) * 64), expected)
+
+
 @pytest.mark.parametrize(("heads", "groups", "p", "n"), [(1, 1, 1, 1), (3, 3, 18, 18), (4, 2, 63, 5), (6, 1, 16, 33)])
 def test_ssd(heads, groups, p, n):
     rng = np.random.default_rng(heads)

@@ -80,7 +80,7 @@ class TestMatmul:
 
     @pytest.mark.parametrize("fmt", FORMAT_IDS)
     @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (3, 63), (63, 257), (257, 500), (40, 1003)])
-    def test_store_and_add(self, isa, fmt, rows, cols):
+    def test_store_add_and_multiply(self, isa, fmt, rows, cols):
         for n in (1, 3, 17):
             w, w_scale, bias, x, scales = self.make(fmt, rows, cols, n)
             expected = spec.ternary_matmul(x[:, :cols], scales, w, w_scale, bias)
@@ -90,12 +90,13 @@ class TestMatmul:
                 tiled(bias),
             )
             for threads in (1, 2, 3, 7):
-                for epilogue, start in ((Epilogue.STORE, np.nan), (Epilogue.ADD, 0.5)):
+                wanted = {Epilogue.STORE: expected, Epilogue.ADD: 0.5 + expected, Epilogue.MULTIPLY: 0.5 * expected}
+                for epilogue, want in wanted.items():
+                    start = np.nan if epilogue == Epilogue.STORE else 0.5
                     y = Guarded(n, rows + 5, fill=start)
                     numbers = (FORMAT_IDS[fmt], rows, cols, x.shape[1], rows + 5, rows, epilogue, 0)
                     run(Op(OpCode.MATMUL, numbers, (packed, scale, biases, x, scales, y.array)), n, threads)
                     y.check()
-                    want = expected if epilogue == Epilogue.STORE else np.float32(0.5) + expected
                     np.testing.assert_array_equal(y.array[:, :rows], want)
                     np.testing.assert_array_equal(y.array[:, rows:], np.full((n, 5), start, np.float32))
 

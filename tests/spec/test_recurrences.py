@@ -1,6 +1,6 @@
 import numpy as np
 
-from thrifty.spec import mlgru, ssd
+from thrifty.spec import gate_bounds, mlgru, ssd
 
 
 def test_mlgru_goes_on_from_its_state():
@@ -14,6 +14,24 @@ def test_mlgru_goes_on_from_its_state():
 def test_mlgru_keeps_its_state_where_the_gate_is_open():
     state = np.array([2.0, -1.0])
     np.testing.assert_array_equal(mlgru(np.ones((5, 2)), np.full((5, 2), 9.0), state), [state] * 5)
+
+
+def test_no_gate_goes_below_its_bound():
+    rng = np.random.default_rng(0)
+    f, c, bounds = rng.uniform(size=(11, 3)), rng.normal(size=(11, 3)), np.array([0, 0.5, 1])
+    h = mlgru(f, c, bounds=bounds)
+    np.testing.assert_array_equal(h[:, 0], mlgru(f, c)[:, 0])
+    np.testing.assert_array_equal(h[:, 1], mlgru(0.5 + 0.5 * f, c)[:, 1])
+    np.testing.assert_array_equal(h[:, 2], 0)
+
+
+def test_bounds_rise_from_zero_by_shares_of_one():
+    values = np.random.default_rng(0).normal(size=(5, 3))
+    bounds = gate_bounds(values)
+    shares = np.exp(values) / np.exp(values).sum(0)
+    np.testing.assert_array_equal(bounds[0], 0)
+    np.testing.assert_allclose(np.diff(bounds, axis=0), shares[1:])
+    np.testing.assert_allclose(bounds[-1], 1 - shares[0])
 
 
 def test_ssd_is_attention_with_decay():

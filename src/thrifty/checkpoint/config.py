@@ -11,7 +11,7 @@ import numpy as np
 
 from thrifty.checkpoint.families import FAMILIES, Family, family_of
 from thrifty.errors import ThriftyError
-from thrifty.spec import ACTIVATIONS
+from thrifty.spec import ACTIVATIONS, RopeScaling
 
 #: What a layer can mix tokens with.
 TOKEN_MIXERS = ("attention", "dynamic_mask", "mlgru", "ssd")
@@ -63,6 +63,7 @@ class DecoderConfig:
     attention_bias: bool
     #: The key in `thrifty.checkpoint.families.FAMILIES`.
     family: str = "thrifty"
+    rope_scaling: RopeScaling | None = None
     #: Whether o_proj has a bias where q, k and v have one.
     attention_out_bias: bool = True
     feed_forward: Literal["glu", "mlp"] = "glu"
@@ -190,6 +191,7 @@ class _Reader:
             max_position_embeddings=positions,
             rms_norm_eps=self.positive("rms_norm_eps", family.rms_norm_eps),
             rope_theta=self.rope_theta(family.rope_theta),
+            rope_scaling=self.rope_scaling(),
             tie_word_embeddings=self.boolean("tie_word_embeddings", False),
             attention_bias=family.attention_bias or self.boolean("attention_bias", False),
             family=name,
@@ -266,19 +268,34 @@ class _Reader:
         quantization = self.fields.get("quantization_config")
         return _Reader(self.path, quantization if isinstance(quantization, dict) else {})
 
-    def rope_theta(self, default: float) -> float:
-        """`rope_parameters.rope_theta` (transformers 5) or `rope_theta` (before); scaled variants are refused."""
+    def rope(self) -> "_Reader":
+        """A reader of `rope_parameters` (transformers 5) or `rope_scaling` (before)."""
         parameters = self.fields.get("rope_parameters") or self.fields.get("rope_scaling") or {}
         if not isinstance(parameters, dict):
             raise self.error("rope_parameters", "be an object", parameters)
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        first = parameters.get("original_max_position_embeddings", 0)
+        return _Reader(self.path, parameters)
+
+    def rope_theta(self, default: float) -> float:
+        """The base of the rotary positions, which older configs have beside the object."""
+        rope = self.rope()
+        return (rope if rope.fields.get("rope_theta") is not None else self).positive("rope_theta", default)
+
+    def rope_scaling(self) -> RopeScaling | None:
+        """How frequencies are scaled, where they are; only Llama 3's way is known."""
+        rope = self.rope()
+        kind = rope.given("rope_type", rope.fields.get("type", "default"))
+        positions = rope.fields.get("original_max_position_embeddings", 0)
         # The published Doge begins to scale beyond the positions that it takes.
-        unscaled = kind == "dynamic" and first >= self.integer("max_position_embeddings", 2048)
-        if kind != "default" and not unscaled:
-            raise self.error("rope_type", "be 'default'", kind)
-        reader = _Reader(self.path, parameters if parameters.get("rope_theta") is not None else self.fields)
-        return reader.positive("rope_theta", default)
+        unscaled = kind == "dynamic" and positions >= self.integer("max_position_embeddings", 2048)
+        if kind == "default" or unscaled:
+            return None
+        if kind != "llama3":
+            raise self.error("rope_type", "be 'default' or 'llama3'", kind)
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        factor, low, high = (rope.positive(name, 0.0) for name in names)
+        if low >= high:
+            raise rope.error("high_freq_factor", f"be above low_freq_factor ({low})", high)
+        return RopeScaling(factor, low, high, rope.integer("original_max_position_embeddings"))
 
     def mixers(self, family: str, layers: int) -> tuple[str, ...]:
         """The token mixer of each layer, from the pattern `token_mixers`."""

@@ -48,6 +48,7 @@ class Epilogue(IntEnum):
     ADD = 1
     ACT = 2
     GATE_UP = 3
+    MULTIPLY = 4
 
 
 #: Numbers of the stored floats: dtype names as safetensors has them, and "I8" for caches.

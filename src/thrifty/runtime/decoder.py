@@ -175,11 +175,6 @@ def make_decoder(
     cache_bits: int = 32,
 ) -> Decoder:
     """The decoder of a folder; the options are those of `load`."""
-    config = folder.config
-    if config.linear_norm_eps is not None or config.attention_qk_norm:
-        raise ThriftyError(f"[load] norms of queries, keys and linears are not run yet; {folder.path} has some")
-    if config.attention_bias and not config.attention_out_bias:
-        raise ThriftyError(f"[load] biases of q, k and v alone are not run yet; {folder.path} has them")
     if native.available():
         return NativeDecoder(folder, weight_format, n_threads, max_context, head_bits, cache_bits)
     return NumpyDecoder(folder, max_context, head_bits)

@@ -6,13 +6,13 @@ import numpy as np
 
 from thrifty.errors import ThriftyError
 from thrifty.native import ACTIVATION_IDS, DTYPE_IDS, MOST_CHOSEN, Op, OpCode
-from thrifty.runtime.weights import Matrix, float_matrix
+from thrifty.runtime.weights import float_matrix
 
 if TYPE_CHECKING:
     from thrifty.runtime.program import DecoderProgram
 
 
-def add_experts(program: "DecoderProgram", layer: int, down: Matrix) -> None:
+def add_experts(program: "DecoderProgram", layer: int) -> None:
     """x = b * x + (down(inner) + experts(z)), z = post_attention_layernorm(x): the end of a layer."""
     c, rows = program.config, program.options.rows
     experts, hidden = c.experts, c.hidden_size
@@ -26,7 +26,7 @@ def add_experts(program: "DecoderProgram", layer: int, down: Matrix) -> None:
         program.product(program.dense(layer, "mlp.router_gate"), normed, None, scores, scores.shape[1])
     else:
         _score_keys(program, layer, normed, scores)
-    program.product(down, program.inner, None, shared, hidden)
+    program.linears(layer, ["mlp.down_proj"], None, program.inner, shared)
     tables = [program.folder.tensors[f"model.layers.{layer}.mlp.{name}_embed.weight"] for name in ("down", "up")]
     dtypes = {table.dtype for table in tables}
     dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= DTYPE_IDS.keys() else "F32"

@@ -38,7 +38,7 @@ class NumpyDecoder:
         self._head = make_head(folder.tensors[EMBEDDING if config.tie_word_embeddings else HEAD], head_bits)
         self._final_gain = folder.float32(FINAL_NORM)
         self._layers = [_Layer(folder, layer) for layer in range(config.num_hidden_layers)]
-        self._rope = RopeTables(max_context, config.head_dim, config.rope_theta)
+        self._rope = RopeTables(max_context, config.head_dim, config.rope_theta, config.rope_scaling)
         self._lock = threading.Lock()
 
     @property

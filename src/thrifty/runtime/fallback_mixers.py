@@ -35,34 +35,48 @@ class Mixer(Protocol):
 
 
 class Linears:
-    """y = norm(x) W^T + b of several linears of a layer with the same input, their rows stacked."""
+    """y = norm(x) W^T + b of several linears of a layer with the same input, their rows stacked.
+
+    They are one product, but where each has a norm of its own after the common one, and so an input of its own.
+    """
 
     def __init__(self, folder: Folder, layer: int, linears: list[str], norm: str | None) -> None:
-        config, prefix = folder.config, f"model.layers.{layer}."
-        rows = [linear_shapes(config, layer)[linear][0] for linear in linears]
-        gain = None if norm is None else folder.float32(f"{prefix}{norm}.weight")
-        bias = None
-        if has_bias(config, linears[0]):
-            bias = np.concatenate([folder.bias(prefix + linear) for linear in linears])
-        self._rows = sum(rows)
-        if config.linear == "dense":
-            weight = np.concatenate([folder.float32(f"{prefix}{linear}.weight") for linear in linears])
-            self._projection = DenseProjection(weight, bias, gain, config.rms_norm_eps)
+        config, eps = folder.config, folder.config.linear_norm_eps
+        self._eps, self._gain = config.rms_norm_eps, None
+        if eps is None:
+            self._parts = [_projection(folder, layer, linears, norm, config.rms_norm_eps)]
         else:
-            parts = [folder.codes(prefix + linear, n) for linear, n in zip(linears, rows, strict=True)]
-            codes = np.concatenate([codes for codes, _ in parts]) if len(parts) > 1 else parts[0][0]
-            scale = np.array([scale for _, scale in parts], np.float32)
-            if len(parts) > 1:
-                scale = np.repeat(scale, rows)
-            packed = native.PackedMatrix.from_codes(codes, "i2")
-            self._projection = TernaryProjection(packed, scale, bias, gain, config.rms_norm_eps)
-        self.nbytes = self._projection.nbytes
+            self._gain = None if norm is None else folder.float32(f"model.layers.{layer}.{norm}.weight")
+            self._parts = [_projection(folder, layer, [linear], f"{linear}.rms_norm", eps) for linear in linears]
+        self.nbytes = sum(part.nbytes for part in self._parts)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """y float32 [T, rows] for x float32 [T, cols]."""
-        y = np.empty((len(x), self._rows), np.float32)
-        self._projection(x, y)
-        return y
+        if self._gain is not None:
+            x = native.rms_norm(x, self._gain, self._eps)
+        first, *rest = [part(x) for part in self._parts]
+        return np.concatenate([first, *rest], 1) if rest else first
+
+
+def _projection(
+    folder: Folder, layer: int, linears: list[str], norm: str | None, eps: float
+) -> TernaryProjection | DenseProjection:
+    """Linears of a layer as one product, with the norm in front of them."""
+    config, prefix = folder.config, f"model.layers.{layer}."
+    rows = [linear_shapes(config, layer)[linear][0] for linear in linears]
+    gain = None if norm is None else folder.float32(f"{prefix}{norm}.weight")
+    bias = None
+    if has_bias(config, linears[0]):
+        bias = np.concatenate([folder.bias(prefix + linear) for linear in linears])
+    if config.linear == "dense":
+        weight = np.concatenate([folder.float32(f"{prefix}{linear}.weight") for linear in linears])
+        return DenseProjection(weight, bias, gain, eps)
+    parts = [folder.codes(prefix + linear, n) for linear, n in zip(linears, rows, strict=True)]
+    codes = np.concatenate([codes for codes, _ in parts]) if len(parts) > 1 else parts[0][0]
+    scale = np.array([scale for _, scale in parts], np.float32)
+    if len(parts) > 1:
+        scale = np.repeat(scale, rows)
+    return TernaryProjection(native.PackedMatrix.from_codes(codes, "i2"), scale, bias, gain, eps)
 
 
 class _Keyed:
@@ -73,7 +87,7 @@ class _Keyed:
         self._qkv = Linears(folder, layer, [f"self_attn.{x}_proj" for x in "qkv"], "input_layernorm")
         self._split = [c.num_attention_heads, c.num_attention_heads + c.num_key_value_heads]
         self._head_dim, self._eps = c.head_dim, c.rms_norm_eps
-        normed = c.mixer(layer) == "dynamic_mask" and c.qk_norm
+        normed = c.attention_qk_norm if c.mixer(layer) == "attention" else c.qk_norm
         norms = [f"model.layers.{layer}.self_attn.{x}_norm.weight" for x in "qk"] if normed else []
         self._gains = [folder.float32(norm) for norm in norms]
         self.nbytes = self._qkv.nbytes
@@ -145,8 +159,7 @@ class _SSD:
         values, B, C = (part.reshape(T, self._heads, -1) for part in np.split(self._xbc(x), 3, axis=1))
         if self._rotary:
             B, C = (spec.apply_rope(t, step.cos, step.sin) for t in (B, C))
-        dt = np.empty((T, self._heads), np.float32)
-        self._dt(x, dt)
+        dt = self._dt(x)
         state = step.cache.states[step.layer]
         steps = np.logaddexp(np.float32(0), dt)
         y, state[:] = spec.ssd(values, steps, self._A, B, C, state=state.copy() if step.first else None)

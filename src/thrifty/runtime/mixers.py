@@ -26,13 +26,21 @@ def _project(
     act: int = 0,
 ) -> None:
     """Linears `{letter}_proj` of the normed residual stream, side by side in `out`, each padded to whole tiles."""
-    matrix = program.matrix(layer, [f"self_attn.{x}_proj" for x in linears])
-    program.product(matrix, program.x, program.gain(layer, "input_layernorm"), out, out.shape[1], epilogue, act)
+    names = [f"self_attn.{x}_proj" for x in linears]
+    program.linears(layer, names, "input_layernorm", program.x, out, epilogue, act)
+
+
+def _heads(program: "DecoderProgram", layer: int, qkv: np.ndarray, norms: bool, rotary: bool) -> None:
+    """Norms, then rotary positions, of queries and keys where they lie."""
+    c = program.config
+    gains = [program.gain(layer, f"self_attn.{x}_norm") if norms else None for x in "qk"]
+    tables = (program.rope.cos, program.rope.sin) if rotary else (None, None)
+    sizes = (c.num_attention_heads, c.num_key_value_heads, c.head_dim, qkv.shape[1], _padded(c.q_size))
+    program.ops.append(Op(OpCode.HEADS, sizes, (qkv, *tables, *gains), (c.rms_norm_eps,)))
 
 
 def _finish(program: "DecoderProgram", layer: int, mixed: np.ndarray) -> None:
-    gain = program.sub_gain(layer, "self_attn.attn_sub_norm")
-    program.add(program.matrix(layer, ["self_attn.o_proj"]), mixed, gain, layer, "input_residual")
+    program.add(layer, "self_attn.o_proj", "self_attn.attn_sub_norm", mixed, "input_residual")
 
 
 def _attention(program: "DecoderProgram", layer: int) -> None:
@@ -41,6 +49,8 @@ def _attention(program: "DecoderProgram", layer: int) -> None:
     v = k + _padded(c.kv_size)
     qkv, attended = program.projected(v + _padded(c.kv_size)), program.mixed(c.q_size)
     _project(program, layer, "qkv", qkv)
+    if c.attention_qk_norm:
+        _heads(program, layer, qkv, norms=True, rotary=False)
     number, dtype = program.layout.number(layer), DTYPE_IDS[program.layout.dtype]
     heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim, number, dtype, qkv.shape[1])
     program.ops.append(Op(OpCode.ROPE_CACHE, (*heads, k, v), (qkv, program.rope.cos, program.rope.sin)))
@@ -50,14 +60,12 @@ def _attention(program: "DecoderProgram", layer: int) -> None:
 
 
 def _dynamic_mask(program: "DecoderProgram", layer: int) -> None:
-    c, rope = program.config, program.rope
+    c = program.config
     k = _padded(c.q_size)
     v = k + _padded(c.kv_size)
     qkv, attended = program.projected(v + _padded(c.kv_size)), program.mixed(c.q_size)
     _project(program, layer, "qkv", qkv)
-    gains = [program.gain(layer, f"self_attn.{x}_norm") if c.qk_norm else None for x in "qk"]
-    sizes = (c.num_attention_heads, c.num_key_value_heads, c.head_dim, qkv.shape[1], k)
-    program.ops.append(Op(OpCode.HEADS, sizes, (qkv, rope.cos, rope.sin, *gains), (c.rms_norm_eps,)))
+    _heads(program, layer, qkv, norms=c.qk_norm, rotary=True)
     scores = np.zeros((len(qkv), c.score_heads), np.float32)
     A, weight = (program.values(layer, f"self_attn.{name}") for name in ("A", "dt_proj.weight"))
     bias = program.values(layer, "self_attn.dt_proj.bias") if c.attention_bias else None

@@ -47,7 +47,7 @@ class DecoderProgram:
     h = a * x + o(attn_sub_norm(mixer(input_layernorm(x)))); x = b * h + down(ffn_sub_norm(act(gate z) * up z)), z =
     post_attention_layernorm(h); a and b are ones where residuals are plain; `pre` has no sub-norms, `mlp` no gate;
     `runtime.mixers` has the mixers, `runtime.experts` what routed experts add. Every low-bit linear quantises its
-    input.
+    input, after a norm of its own where linears have one.
     """
 
     def __init__(self, folder: Folder, options: Options, layers: int | None = None) -> None:
@@ -82,8 +82,9 @@ class DecoderProgram:
         # A row is padded to a block of its format, and then to a cache line.
         self._codes = native.aligned_empty(own * (widest + 2 * CACHE_LINE)).view(np.int8)
         self._scales = np.zeros(own, np.float32)
-        self._normed = _floats(own, widest if c.linear == "dense" else c.hidden_size)
-        self.rope = RopeTables(self.options.max_context, c.head_dim, c.rope_theta)
+        whole = c.linear == "dense" or c.linear_norm_eps is not None
+        self._normed = _floats(own, widest if whole else c.hidden_size)
+        self.rope = RopeTables(self.options.max_context, c.head_dim, c.rope_theta, c.rope_scaling)
         part = c.num_attention_heads * (-(-c.head_dim // 16) * 16 + 16)
         parts = _SPLIT_ROWS * -(-self.options.max_context // CHUNK) if self.layout.count("attention") else 0
         self.scratch = np.zeros(max(parts * part, 1), np.float32)
@@ -106,16 +107,15 @@ class DecoderProgram:
 
     def _feed_forward(self, layer: int) -> None:
         c = self.config
-        glu = c.feed_forward == "glu"
-        up = self.matrix(layer, ["mlp.gate_proj", "mlp.up_proj"] if glu else ["mlp.up_proj"], interleaved=True)
-        gain, epilogue = self.gain(layer, "post_attention_layernorm"), Epilogue.GATE_UP if glu else Epilogue.ACT
+        up, how = ["mlp.up_proj"], Epilogue.ACT
+        if c.feed_forward == "glu":
+            up, how = ["mlp.gate_proj", *up], Epilogue.GATE_UP
         act = ACTIVATION_IDS[c.hidden_act]
-        self.product(up, self.x, gain, self.inner, c.intermediate_size, epilogue, act)
-        down = self.matrix(layer, ["mlp.down_proj"])
+        self.linears(layer, up, "post_attention_layernorm", self.x, self.inner, how, act)
         if c.experts is not None:
-            add_experts(self, layer, down)
+            add_experts(self, layer)
             return
-        self.add(down, self.inner, self.sub_gain(layer, "mlp.ffn_sub_norm"), layer, "post_attention_residual")
+        self.add(layer, "mlp.down_proj", "mlp.ffn_sub_norm", self.inner, "post_attention_residual")
 
     def _head(self) -> None:
         c = self.config
@@ -140,15 +140,16 @@ class DecoderProgram:
         activation: int = 0,
         rows: OpFlag = NO_FLAGS,
         factors: np.ndarray | None = None,
+        eps: float | None = None,
     ) -> None:
-        """Norm where there is a gain, quantisation where the weights are low-bit, product."""
-        eps, first = (self.config.rms_norm_eps,), OpFlag.PRIVATE | rows
+        """Norm where there is a gain (eps: the config's unless given), quantisation for low-bit weights, product."""
+        norm, first = (self.config.rms_norm_eps if eps is None else eps,), OpFlag.PRIVATE | rows
         after = OpFlag.PRIVATE | rows & OpFlag.OUTPUTS
         d, stride = matrix.cols, row_stride(x)
         if matrix.scale is not None:
             flags = first if gain is None else first | OpFlag.NORM
             quantized = (x, gain, self._codes, self._scales)
-            self.ops.append(Op(OpCode.QUANTIZE, (d, stride, matrix.width), quantized, eps, flags))
+            self.ops.append(Op(OpCode.QUANTIZE, (d, stride, matrix.width), quantized, norm, flags))
             product = matrix.product(self._codes, self._scales, y, y_cols, epilogue, activation, after, factors)
             self.ops.append(product)
             return
@@ -156,13 +157,45 @@ class DecoderProgram:
             self.ops.append(matrix.product(x, None, y, y_cols, epilogue, activation, factors=factors))
             return
         normed = self._normed
-        self.ops.append(Op(OpCode.RMS_NORM, (d, stride, normed.shape[1]), (x, gain, normed), eps, first))
+        self.ops.append(Op(OpCode.RMS_NORM, (d, stride, normed.shape[1]), (x, gain, normed), norm, first))
         self.ops.append(matrix.product(normed, None, y, y_cols, epilogue, activation, after, factors))
 
-    def add(self, matrix: Matrix, x: np.ndarray, gain: np.ndarray | None, layer: int, residual: str) -> None:
-        """Add a product to the residual stream, which is scaled before where residuals are."""
-        factors = self.factors(layer, residual)
-        self.product(matrix, x, gain, self.x, self.config.hidden_size, Epilogue.ADD, factors=factors)
+    def linears(
+        self,
+        layer: int,
+        names: list[str],
+        norm: str | None,
+        x: np.ndarray,
+        y: np.ndarray,
+        epilogue: Epilogue = Epilogue.STORE,
+        activation: int = 0,
+        factors: np.ndarray | None = None,
+    ) -> None:
+        """Linears of a layer on norm(x), side by side in y, each padded to whole tiles; a gate and its up in one place.
+
+        They are one product, but where each has a norm of its own, and so an input of its own.
+        """
+        eps, pair = self.config.linear_norm_eps, epilogue == Epilogue.GATE_UP
+        gain = None if norm is None else self.gain(layer, norm)
+        if eps is None:
+            matrix = self.matrix(layer, names, interleaved=pair)
+            self.product(matrix, x, gain, y, y.shape[1], epilogue, activation, factors=factors)
+            return
+        if gain is not None:
+            sizes = (len(gain), row_stride(x), self._normed.shape[1])
+            self.ops.append(Op(OpCode.RMS_NORM, sizes, (x, gain, self._normed), (self.config.rms_norm_eps,)))
+            x = self._normed
+        hows = [Epilogue.ACT, Epilogue.MULTIPLY] if pair else [epilogue] * len(names)
+        for name, how in zip(names, hows, strict=True):
+            matrix, own = self.matrix(layer, [name]), self.gain(layer, f"{name}.rms_norm")
+            cols = min(matrix.rows, y.shape[1])
+            self.product(matrix, x, own, y, cols, how, activation, factors=factors, eps=eps)
+            y = y if pair else y[:, cols:]
+
+    def add(self, layer: int, linear: str, norm: str, x: np.ndarray, residual: str) -> None:
+        """Add a linear of sub-norm(x) to the residual stream, which is scaled before where residuals are."""
+        sub_norm = norm if self.config.norm_placement == "sub_ln" else None
+        self.linears(layer, [linear], sub_norm, x, self.x, Epilogue.ADD, factors=self.factors(layer, residual))
 
     def matrix(self, layer: int, linears: list[str], interleaved: bool = False) -> Matrix:
         """Linears of a layer as one matrix."""
@@ -186,10 +219,6 @@ class DecoderProgram:
     def gain(self, layer: int, norm: str) -> np.ndarray:
         """The gain of a norm of a layer."""
         return self.values(layer, f"{norm}.weight")
-
-    def sub_gain(self, layer: int, norm: str) -> np.ndarray | None:
-        """That of a sub-norm, None where there are none."""
-        return self.gain(layer, norm) if self.config.norm_placement == "sub_ln" else None
 
     def factors(self, layer: int, residual: str) -> np.ndarray | None:
         """Of the residual stream before a block is added, None for ones."""

@@ -30,10 +30,10 @@ class TernaryProjection:
         self._gain = gain
         self._eps = eps
 
-    def __call__(self, x: np.ndarray, out: np.ndarray) -> None:
-        """Write y [T, rows] for x float32 [T, cols]."""
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """y float32 [T, rows] for x float32 [T, cols]."""
         codes, scales = native.quantize_per_token(x, self._gain, self._eps, self._gain is not None)
-        self._matrix.matmul(codes, scales, self._scale, self._bias, out=out)
+        return self._matrix.matmul(codes, scales, self._scale, self._bias)
 
 
 class DenseProjection:
@@ -47,12 +47,10 @@ class DenseProjection:
         self._gain = gain
         self._eps = eps
 
-    def __call__(self, x: np.ndarray, out: np.ndarray) -> None:
-        """Write y [T, rows] for x float32 [T, cols]."""
-        y = x if self._gain is None else native.rms_norm(x, self._gain, self._eps)
-        np.matmul(y, self._weight.T, out)
-        if self._bias is not None:
-            np.add(out, self._bias, out)
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """y float32 [T, rows] for x float32 [T, cols]."""
+        y = (x if self._gain is None else native.rms_norm(x, self._gain, self._eps)) @ self._weight.T
+        return y if self._bias is None else np.add(y, self._bias, y)
 
 
 class Head:

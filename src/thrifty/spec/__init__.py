@@ -17,11 +17,11 @@ from thrifty.spec.gguf_blocks import (
     quantize_q8_0,
 )
 from thrifty.spec.glu import ACTIVATIONS, glu
-from thrifty.spec.mlgru import mlgru
+from thrifty.spec.mlgru import gate_bounds, mlgru
 from thrifty.spec.product_key_experts import product_key_experts, product_key_topk, staircase
 from thrifty.spec.quantize_per_token import quantize_per_token, rms_norm
 from thrifty.spec.quantizers import EPS, QMAX, absmean, binary_codes, round_bf16, ternary_codes
-from thrifty.spec.rope import apply_rope, rope_frequencies, rope_tables
+from thrifty.spec.rope import RopeScaling, apply_rope, rope_frequencies, rope_tables
 from thrifty.spec.sampling import penalize_repetition, sample
 from thrifty.spec.ssd import ssd
 from thrifty.spec.ternary_matmul import ternary_matmul
@@ -49,6 +49,7 @@ __all__ = [
     "TOLERANCES",
     "BlockFormat",
     "Format",
+    "RopeScaling",
     "absmean",
     "apply_rope",
     "attention",
@@ -56,6 +57,7 @@ __all__ = [
     "binary_codes",
     "dequantize_q8_0",
     "dynamic_mask_attention",
+    "gate_bounds",
     "gguf_decode",
     "gguf_encode",
     "glu",
