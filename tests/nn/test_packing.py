@@ -175,9 +175,50 @@ def test_a_layer_of_zeros_survives_the_round_trip():
     assert same(nn.pack(nn.unpack(packed)), packed)
 
 
-def test_a_scale_that_bfloat16_does_not_hold_is_refused():
-    with pytest.raises(ThriftyError, match="must be a bfloat16 number"):
-        nn.PackedBitLinear(torch.ones(1, 4, dtype=torch.int8), torch.tensor(0.1))
+def test_a_scale_that_bfloat16_does_not_hold_is_kept_in_float32():
+    scale = torch.tensor([0.1])
+    packed = nn.PackedBitLinear(torch.eye(8, dtype=torch.int8), scale)
+    assert torch.equal(packed.to(torch.bfloat16).weight_scale, scale)
+    state = packed.state_dict()
+    other = packed_layer(8, 8, bias=False)
+    other.load_state_dict(state)
+    assert torch.equal(other.weight_scale, scale)
+    stored = StoredBitLinear(nn.BitLinear(8, 8, bias=False))
+    stored.load_state_dict(state)
+    assert torch.equal(stored.to_packed().weight_scale, scale)
+    with pytest.raises(ThriftyError, match="run it packed"):
+        nn.unpack(packed)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, torch.inf, torch.nan])
+def test_what_is_no_scale_is_refused(scale):
+    with pytest.raises(ThriftyError, match="finite number above 0"):
+        nn.PackedBitLinear(torch.ones(1, 4, dtype=torch.int8), torch.tensor(scale))
+    packed = packed_layer(8, 8)
+    with pytest.raises(RuntimeError, match=r"weight_scale: .*finite number above 0"):
+        packed.load_state_dict({**packed.state_dict(), "weight_scale": torch.tensor([scale])})
+
+
+def test_tells_the_shape_and_dtype_of_the_weight_it_was():
+    packed = packed_layer(20, 12, bias=False)
+    assert (packed.weight.shape, packed.weight.dtype) == ((12, 20), torch.float32)
+    assert packed.weight.untyped_storage().nbytes() == 4
+    assert packed.weight.isnan().all()
+    assert copy.deepcopy(packed).bfloat16().weight.dtype == torch.bfloat16
+    low: Any = nn.pack(nn.BitLinear(20, 12, bias=False).bfloat16())
+    assert low.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_has_the_bits_of_the_ops(norm, dtype):
+    packed = packed_layer(63, 17, norm=norm).to(dtype)
+    x = torch.randn(2, 5, 63).to(dtype)
+    y = packed(x.requires_grad_())
+    with torch.no_grad():
+        assert torch.equal(packed(x), y)
+        assert torch.equal(packed(x.transpose(0, 1)), y.transpose(0, 1))
+        assert packed(x[:0]).shape == (0, 5, 17)
 
 
 def test_says_what_it_is():

@@ -17,7 +17,7 @@ from thrifty.native._experts import MOST_CHOSEN, product_key_experts, product_ke
 from thrifty.native._gguf_blocks import dequantize_q8_0, gguf_decode, gguf_encode, quantize_q8_0
 from thrifty.native._kept_until import kept_until
 from thrifty.native._library import aligned_empty
-from thrifty.native._matmul import ternary_matmul
+from thrifty.native._matmul import ternary_matmul, ternary_matmul_into
 from thrifty.native._mixers import dynamic_mask_attention, float_matmul, routed_experts, ssd
 from thrifty.native._packed import KERNEL_FORMATS, PackedMatrix, pack, pack_into, unpack
 from thrifty.native._quantize import quantize_into, quantize_per_token, rms_norm
@@ -194,6 +194,7 @@ __all__ = [
     "select_isa",
     "ssd",
     "ternary_matmul",
+    "ternary_matmul_into",
     "unpack",
     "use_huge_pages",
     "use_openmp",

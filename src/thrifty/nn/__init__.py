@@ -9,8 +9,10 @@ from thrifty.nn.linear import LINEARS, BitLinear, make_linear
 from thrifty.nn.mlgru import MLGRU
 from thrifty.nn.norm import RMSNorm
 from thrifty.nn.packing import PackedBitLinear, is_packed, pack, unpack
+from thrifty.nn.replacements import Replacements
 from thrifty.nn.rotary import RotaryEmbedding
 from thrifty.nn.ssd import SSD
+from thrifty.nn.ternarize import replace_linears_in_hf, ternarize
 
 __all__ = [
     "LINEARS",
@@ -29,11 +31,14 @@ __all__ = [
     "PackedBitLinear",
     "RMSNorm",
     "RecurrentLayer",
+    "Replacements",
     "RotaryEmbedding",
     "is_packed",
     "kept_keys",
     "load_balance_loss",
     "make_linear",
     "pack",
+    "replace_linears_in_hf",
+    "ternarize",
     "unpack",
 ]

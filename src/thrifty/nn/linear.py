@@ -26,9 +26,13 @@ class BitLinear(nn.Module):
     straight through the quantizers (`thrifty.ops.bit_linear`).
 
     weight="ternary" is b1.58 (arXiv 2402.17764), "binary" BitNet v1 (arXiv 2310.11453). norm="rms" or "layer" is
-    applied to x first, without gain; norm=None is for blocks that have a norm of their own.
+    applied to x first, without gain; norm=None is for blocks that have a norm of their own. `transposed` layers, which
+    `thrifty.nn.ternarize` makes of GPT-2's `Conv1D`, keep their weight as [in_features, out_features].
     Raises ThriftyError for an unknown weight or norm. Its pair is `thrifty.keras.layers.DenseMML`.
     """
+
+    #: Whether the weight is stored as [in, out].
+    transposed: bool = False
 
     def __init__(
         self,
@@ -55,13 +59,17 @@ class BitLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weight and bias as `nn.Linear` does."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.latent(), a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def latent(self) -> Tensor:
+        """The weight as [out, in], whichever way it is stored."""
+        return self.weight.T if self.transposed else self.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        return ops.bit_linear(normalize(x, self.norm), self.weight, self.bias, self.kind)
+        return ops.bit_linear(normalize(x, self.norm), self.latent(), self.bias, self.kind)
 
     def extra_repr(self) -> str:
         return describe(self)

@@ -20,10 +20,13 @@ class PackedBitLinear(nn.Module):
     """y = float32(q_x q_w^T) * (s_x * s_w) + b with stored codes q_w and scale s_w: a BitLinear at 2 bits a weight.
 
     The bits of y are those of the BitLinear it was packed from. It holds the kernel layout only; its state dict has
-    transformers' layout: `weight` uint8 [ceil(out / 4), in] (`thrifty.spec.ROW_BLOCK`), `weight_scale` bfloat16 [1],
-    a multiplier, and `bias`. It has no gradient: `unpack` gives a BitLinear to train on.
+    transformers' layout: `weight` uint8 [ceil(out / 4), in] (`thrifty.spec.ROW_BLOCK`), `weight_scale` [1], a
+    multiplier, bfloat16 where that holds it and else float32, and `bias`. It has no gradient: `unpack` gives a
+    BitLinear to train on.
     """
 
+    #: Whether the latent weight was stored as [in, out].
+    transposed: bool = False
     packed: Tensor
     weight_scale: Tensor
     bias: Tensor | None
@@ -31,36 +34,42 @@ class PackedBitLinear(nn.Module):
     def __init__(
         self, codes: Tensor, scale: Tensor, bias: Tensor | None = None, *, kind: ops.Kind = "ternary", norm: Norm = None
     ) -> None:
-        """codes: int8 [out, in] in {-1, 0, 1}; scale: one number that bfloat16 holds; bias: [out] or None."""
+        """codes: int8 [out, in] in {-1, 0, 1}; scale: one number, finite and above zero; bias: [out] or None."""
         super().__init__()
         self.out_features, self.in_features = codes.shape
         self.kind: ops.Kind = kind
         self.norm: Norm = norm
-        stored = scale.detach().reshape(1).to(torch.bfloat16)
-        if stored.float() != scale.float():
-            raise ThriftyError(
-                f"[PackedBitLinear] a scale must be a bfloat16 number; got {scale.item()}; round it as absmean does"
-            )
         self.register_buffer("packed", ops.pack_weight(codes), persistent=False)
-        self.register_buffer("weight_scale", stored)
+        self.register_buffer("weight_scale", stored_scale(scale).to(self.packed.device))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self._dtype = torch.float32 if bias is None else bias.dtype
 
     def codes(self) -> Tensor:
         """Weight codes int8 [out, in]."""
         return ops.unpack_weight(self.packed, self.out_features, self.in_features)
 
+    @property
+    def weight(self) -> Tensor:
+        """The shape [out, in], dtype and device of the latent weight, for code that asks for these; its values, which
+        nothing holds, are NaN."""
+        return torch.full((1, 1), torch.nan, dtype=self._dtype, device=self.packed.device).expand(
+            self.out_features, self.in_features
+        )
+
     def forward(self, x: Tensor) -> Tensor:
-        x_codes, x_scales = ops.quantize_per_token(normalize(x, self.norm).flatten(0, -2), norm=False)
-        y = ops.ternary_matmul(x_codes, x_scales, self.packed, self.out_features, self.weight_scale.float(), self.bias)
+        # In float32 alone is the norm not rounded before the codes are taken.
+        fused = self.norm == "rms" and x.dtype == torch.float32
+        x_hat = x if fused else normalize(x, self.norm)
+        y = ops.packed_linear(x_hat, self.packed, self.out_features, self.weight_scale.float(), self.bias, fused)
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return y.to(dtype).view(*x.shape[:-1], self.out_features)
+        return y.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
 
     def _apply(self, fn: Callable, recurse: bool = True):
         scale = self.weight_scale
         super()._apply(fn, recurse)
         # A cast of the model must not round the scale: it is data.
         self.weight_scale = scale.to(self.packed.device)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=scale.device)).dtype
         return self
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
@@ -77,6 +86,12 @@ class PackedBitLinear(nn.Module):
                 errors.append(f"{key}: {error}")
         elif strict:
             missing.append(key)
+        scale = state_dict.get(prefix + "weight_scale")
+        if isinstance(scale, Tensor) and scale.shape == self.weight_scale.shape:
+            try:
+                self.weight_scale = stored_scale(scale).to(self.packed.device)
+            except ThriftyError as error:
+                errors.append(f"{prefix}weight_scale: {error}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
@@ -97,7 +112,8 @@ class StoredBitLinear(nn.Module):
         self.norm: Norm = linear.norm
         shape = spec.ROW_BLOCK.packed_shape(self.out_features, self.in_features)
         self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8))
-        self.register_buffer("weight_scale", torch.empty(1, dtype=torch.bfloat16))
+        # Of the two dtypes that a scale is stored in, the one that holds both.
+        self.register_buffer("weight_scale", torch.empty(1, dtype=torch.float32))
         self.register_buffer("bias", None if linear.bias is None else torch.empty_like(linear.bias))
 
     def to_packed(self) -> PackedBitLinear:
@@ -118,8 +134,10 @@ def pack(model: M, where: Where | None = None) -> M:
     def swap(module: nn.Module) -> nn.Module | None:
         if not isinstance(module, BitLinear):
             return None
-        codes, scale = ops.quantize_weight(module.weight, module.kind)
-        return PackedBitLinear(codes, scale, module.bias, kind=module.kind, norm=module.norm)
+        codes, scale = ops.quantize_weight(module.latent(), module.kind)
+        packed = PackedBitLinear(codes, scale, module.bias, kind=module.kind, norm=module.norm)
+        packed.transposed, packed._dtype = module.transposed, module.weight.dtype
+        return packed
 
     return _swap_leaves(model, swap, where)
 
@@ -143,6 +161,15 @@ def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedBitLinear) for module in model.modules())
 
 
+def stored_scale(scale: Tensor) -> Tensor:
+    """A scale as [1], in bfloat16 where that holds it and else in float32. Raises ThriftyError for what is no scale."""
+    wide = scale.detach().float().reshape(1)
+    if not (wide.isfinite() & (wide > 0)).item():
+        raise ThriftyError(f"[PackedBitLinear] a scale must be a finite number above 0; got {wide.item()}")
+    narrow = wide.to(torch.bfloat16)
+    return narrow if narrow.float() == wide else wide
+
+
 def to_stored(codes: Tensor) -> Tensor:
     """Weight codes in transformers' layout, uint8 [ceil(rows / 4), cols]."""
     return torch.from_numpy(native.pack(spec.ROW_BLOCK.name, codes.cpu().numpy())).to(codes.device)
@@ -163,16 +190,17 @@ def _unpack_linear(packed: PackedBitLinear) -> BitLinear:
         norm=packed.norm,
         device="meta",
     )
+    linear.transposed = packed.transposed
     codes, scale = packed.codes(), packed.weight_scale.float()
     share = codes.count_nonzero() / codes.numel()
     latent = codes.float() * (scale / share.clamp(min=1 / codes.numel()))
-    again, again_scale = ops.quantize_weight(latent, packed.kind)
+    linear.weight = nn.Parameter(latent.T.contiguous() if packed.transposed else latent)
+    again, again_scale = ops.quantize_weight(linear.latent(), packed.kind)
     if not torch.equal(again, codes) or again_scale != scale:
         raise ThriftyError(
             f"[unpack] no latent weight has these codes and the scale {scale.item()}; got a checkpoint that was not "
             "made by absmean; run it packed"
         )
-    linear.weight = nn.Parameter(latent)
     if latent_bias is not None:
         linear.bias = nn.Parameter(latent_bias.clone())
     return linear

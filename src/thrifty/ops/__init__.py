@@ -8,6 +8,7 @@ from thrifty.ops.bit_linear import KINDS, Kind, bit_linear, quantize_weight
 from thrifty.ops.dynamic_mask_attention import dynamic_mask_attention, kept_until, key_scores
 from thrifty.ops.glu import ACTIVATIONS, activation, glu
 from thrifty.ops.mlgru import mlgru
+from thrifty.ops.packed_linear import packed_linear
 from thrifty.ops.product_key_experts import product_key_experts, product_key_topk
 from thrifty.ops.quantize_per_token import quantize_per_token, rms_norm
 from thrifty.ops.rope import apply_rope
@@ -28,6 +29,7 @@ __all__ = [
     "key_scores",
     "mlgru",
     "pack_weight",
+    "packed_linear",
     "product_key_experts",
     "product_key_topk",
     "quantize_per_token",

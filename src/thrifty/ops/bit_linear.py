@@ -73,10 +73,12 @@ class _BitLinear(torch.autograd.Function):
         w_codes, w_scale = quantize_weight(weight, kind)
         ctx.save_for_backward(x_codes, x_scales, w_codes, w_scale)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        y = integer_matmul(x_codes, w_codes, sum_dtype).float() * (x_scales * w_scale)[:, None]
+        # Shaped before it is scaled, so that what is returned is no view, which FSDP's hooks would lose.
+        sums = integer_matmul(x_codes, w_codes, sum_dtype).float().reshape(*x.shape[:-1], weight.shape[0])
+        y = sums * (x_scales * w_scale).reshape(*x.shape[:-1], 1)
         if bias is not None:
             y = y + bias.float()
-        return y.to(out_dtype).reshape(*x.shape[:-1], weight.shape[0])
+        return y.to(out_dtype)
 
     @staticmethod
     def backward(ctx, grad):
