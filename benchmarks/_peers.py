@@ -20,16 +20,6 @@ import numpy as np
 
 #: As `thrifty.runtime.measure.STEPS`.
 STEPS = 16
-NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-LINEARS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 class Packed:
@@ -68,55 +58,6 @@ class Packed:
         return self.floats(f"{name}_scale").reshape(-1)[0]
 
 
-def write_gguf(source: str, file: str, kind: str) -> None:
-    """The folder as architecture `llama` (without its sub-norms): linears in `kind`, embedding and head in Q8_0."""
-    gguf = import_module("gguf")
-
-    packed = Packed(source)
-    config = packed.config
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_rope_dimension_count(config["hidden_size"] // heads)
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-
-    def add(name: str, values: np.ndarray, kind: str) -> None:
-        if kind == "F32":
-            writer.add_tensor(name, values)
-            return
-        raw = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(name, gguf.quants.quantize(values, raw), raw_dtype=raw)
-
-    add("token_embd.weight", packed.floats("model.embed_tokens.weight"), "Q8_0")
-    add("output_norm.weight", packed.floats("model.norm.weight"), "F32")
-    for layer in range(config["num_hidden_layers"]):
-        before, after = f"model.layers.{layer}.", f"blk.{layer}."
-        for norm, name in NORMS.items():
-            add(f"{after}{name}.weight", packed.floats(f"{before}{norm}.weight"), "F32")
-        for linear, name in LINEARS.items():
-            codes, scale = packed.codes(f"{before}{linear}.weight"), packed.scale(f"{before}{linear}.weight")
-            if name in ("attn_q", "attn_k"):
-                codes = _interleaved(codes, heads if name == "attn_q" else kv_heads)
-            add(f"{after}{name}.weight", codes * scale, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _interleaved(codes: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a projection whose rotary pairs are neighbours, where they were halves of a head."""
-    return codes.reshape(heads, 2, -1, codes.shape[1]).swapaxes(1, 2).reshape(codes.shape)
-
-
 def write_bf16(source: str, folder: str) -> None:
     """The folder with latent bfloat16 weights whose quantisation gives its codes back."""
     packed = Packed(source)
@@ -130,8 +71,8 @@ def write_bf16(source: str, folder: str) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     Path(folder).mkdir()
-    fields = {key: value for key, value in packed.config.items() if key != "quantization_config"}
-    fields |= {"rope_theta": fields["rope_parameters"]["rope_theta"]}
+    fields = packed.config | {"rope_theta": packed.config["rope_parameters"]["rope_theta"]}
+    fields["quantization_config"] = fields["quantization_config"] | {"quantization_mode": "online"}
     (Path(folder) / "config.json").write_text(json.dumps(fields))
     with (Path(folder) / "model.safetensors").open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
@@ -151,9 +92,6 @@ class Peer:
     def __init__(self) -> None:
         #: Positions whose keys and values are in the cache.
         self.written = 0
-
-    def write_gguf(self, source: str, file: str, kind: str) -> None:
-        write_gguf(source, file, kind)
 
     def write_bf16(self, source: str, folder: str) -> None:
         write_bf16(source, folder)
@@ -244,6 +182,36 @@ class Llama(Peer):
             raise RuntimeError(f"llama_decode returned {status}")
         logits = library.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(logits, (self.vocabulary(),))
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without those that begin and end one."""
+        library, data = self._library, text.encode()
+        tokens = (ctypes.c_int32 * (len(data) + 2))()
+        vocabulary = library.llama_model_get_vocab(self._model)
+        count = library.llama_tokenize(vocabulary, data, len(data), tokens, len(tokens), False, True)
+        return tokens[:count]
+
+    def score(self, tokens: list[int], windows: list[list[int]]) -> float:
+        """Negative log-likelihood of tokens; windows as `thrifty.spec.windows.scoring_windows` gives them."""
+        library, nats = self._library, 0.0
+        for begin, scored, stop in windows:
+            count = stop - 1 - begin
+            library.llama_memory_clear(library.llama_get_memory(self._context), True)
+            batch = library.llama_batch_init(count, 0, 1)
+            batch.n_tokens = count
+            for i in range(count):
+                batch.token[i], batch.pos[i], batch.logits[i] = tokens[begin + i], i, 1
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            status = library.llama_decode(self._context, batch)
+            library.llama_batch_free(batch)
+            if status:
+                raise RuntimeError(f"llama_decode returned {status}")
+            logits = np.ctypeslib.as_array(library.llama_get_logits(self._context), (count, self.vocabulary()))
+            logits = logits[scored - 1 - begin :].astype(np.float64)
+            top = logits.max(-1)
+            log_sum = top + np.log(np.exp(logits - top[:, None]).sum(-1))
+            nats += float((log_sum - logits[np.arange(stop - scored), tokens[scored:stop]]).sum())
+        return nats
 
 
 class Litespark(Peer):

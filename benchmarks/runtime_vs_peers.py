@@ -7,7 +7,7 @@ memory and the int8 peak, so that ratios and shares compare what happened togeth
 the peers are finite, and go with thrifty's where both compute the same function; thrifty's greedy tokens do not depend
 on the weight format. Medians, with the lowest and highest round.
 
-Peers may live in a Python of their own (--peer-python, or THRIFTY_PEER_PYTHON): llama-cpp-python, gguf,
+Peers may live in a Python of their own (--peer-python, or THRIFTY_PEER_PYTHON): llama-cpp-python and
 litespark-inference. What is not installed there is left out, and said. --folder keeps the models for the next run, and
 --prepare makes them and stops, so that a measurement need not.
 """
@@ -31,6 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from thrifty import native
+from thrifty.checkpoint import open_folder
+from thrifty.convert import to_gguf
 from thrifty.errors import ThriftyError
 from thrifty.runtime.measure import SIZES, Limits, summary, warm, write_random
 from thrifty.runtime.worker import COMMAND, Worker
@@ -55,22 +57,19 @@ class Engine:
     modules: tuple[str, ...]
     #: File or folder of its model, beside the others.
     model: str
-    #: Request that makes the model from the packed folder.
-    make: dict[str, Any]
 
 
-THRIFTY = Engine("thrifty", COMMAND, (), "packed", {})
+THRIFTY = Engine("thrifty", COMMAND, (), "packed")
 
 
 def peers(python: str) -> dict[str, Engine]:
     """By the names of --only."""
     found = {}
     for kind in ("TQ2_0", "TQ1_0"):
-        make = {"call": "write_gguf", "kind": kind}
         command = (python, WORKER, "llama")
-        found[kind.lower()] = Engine(f"llama.cpp {kind}", command, ("llama_cpp", "gguf"), f"{kind}.gguf", make)
-    command, make = (python, WORKER, "litespark"), {"call": "write_bf16"}
-    return found | {"litespark": Engine("litespark", command, ("litespark_inference",), "bf16", make)}
+        found[kind.lower()] = Engine(f"llama.cpp {kind}", command, ("llama_cpp",), f"{kind}.gguf")
+    command = (python, WORKER, "litespark")
+    return found | {"litespark": Engine("litespark", command, ("litespark_inference",), "bf16")}
 
 
 def installed(engine: Engine) -> bool:
@@ -96,12 +95,20 @@ def prepare(folder: Path, shape: str, chosen: dict[str, Engine]) -> dict[str, En
         able[key] = engine
         model = folder / engine.model
         if not model.exists():
-            new = folder / f"new-{engine.model}"
-            target = {"file" if engine.model.endswith(".gguf") else "folder": str(new)}
-            with Worker(engine.name, engine.command) as worker:
-                worker(**engine.make, source=str(packed), **target)
-            new.rename(model)
+            make(engine, packed, model)
     return able
+
+
+def make(engine: Engine, packed: Path, model: Path) -> None:
+    """Make the model of a peer from the packed folder."""
+    if model.suffix == ".gguf":
+        # llama.cpp takes ReLU² for SiLU, which costs the same.
+        to_gguf(open_folder(packed), model, model.stem, any_activation=True)
+        return
+    new = model.with_name(f"new-{model.name}")
+    with Worker(engine.name, engine.command) as worker:
+        worker("write_bf16", source=str(packed), folder=str(new))
+    new.rename(model)
 
 
 def load(engine: Engine, folder: Path, threads: int, **options: Any) -> tuple[Worker, dict[str, Any]]:

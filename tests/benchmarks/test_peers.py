@@ -1,6 +1,7 @@
 """The peers' side of benchmarks/runtime_vs_peers.py: what they are given is the model that thrifty runs."""
 
 import importlib.util
+import math
 import os
 import sys
 from pathlib import Path
@@ -11,11 +12,17 @@ import pytest
 
 from thrifty import native
 from thrifty.checkpoint import open_folder
+from thrifty.convert import to_gguf
 from thrifty.runtime import load, measure
 from thrifty.runtime.measure import SIZES, Size, write_random
 from thrifty.runtime.worker import Worker
+from thrifty.spec.windows import scoring_windows
+from thrifty.train.corpus import builtin_corpus
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+#: What `make demo` trains.
+DEMO = Path(os.environ.get("THRIFTY_DEMO_MODEL", ROOT / "runs" / "demo" / "packed"))
 PYTHON = os.environ.get("THRIFTY_PEER_PYTHON", sys.executable)
 TOKENS = np.random.default_rng(3).integers(0, 2048, 40).tolist()
 
@@ -64,16 +71,39 @@ def test_without_peers_the_benchmark_measures_thrifty(tmp_path, monkeypatch, cap
 
 @pytest.mark.peers
 @pytest.mark.parametrize("kind", ["TQ2_0", "TQ1_0"])
-def test_llama_cpp_computes_what_thrifty_does(tmp_path, kind):
-    # Its architecture `llama` has no sub-norms, and silu.
-    fields: dict[str, Any] = {"model_type": "thrifty", "norm_placement": "pre", "hidden_act": "silu"}
-    packed = write_random(tmp_path / "packed", SIZES["demo"], **fields)
+@pytest.mark.parametrize("architecture", ["bitnet", "llama"])
+def test_llama_cpp_computes_what_thrifty_does(tmp_path, kind, architecture):
+    own = {"model_type": "thrifty", "norm_placement": "pre", "tie_word_embeddings": False}
+    fields: dict[str, Any] = own if architecture == "llama" else {}
+    packed = write_random(tmp_path / "packed", SIZES["demo"], hidden_act="silu", **fields)
+    to_gguf(open_folder(packed), tmp_path / "model.gguf", kind)
     with peer("llama") as llama:
-        llama("write_gguf", source=str(packed), file=str(tmp_path / "model.gguf"), kind=kind)
         assert llama("load", path=str(tmp_path / "model.gguf"), context=128, threads=1)["load_seconds"] > 0
         assert correlation(llama("logits", tokens=TOKENS), load(packed).logits(TOKENS)[-1]) > 0.98
         assert len(llama("decode", context=64, seconds=0)["seconds"]) == measure.STEPS
         assert llama("prefill", prompt=100) > 0
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("head_type", ["Q8_0", "F16"])
+@pytest.mark.parametrize("weight_type", ["TQ2_0", "TQ1_0"])
+def test_llama_cpp_knows_the_held_out_text_as_well_from_a_gguf_file(tmp_path, weight_type, head_type):
+    to_gguf(open_folder(DEMO), tmp_path / "demo.gguf", weight_type, head_type)
+    runtime, window = load(DEMO), 256
+    text = builtin_corpus().heldout
+    text = text.encode()[: 50 << 10].decode(errors="ignore")
+    begin = open_folder(DEMO).json("config.json")["bos_token_id"]
+    with peer("llama") as llama:
+        llama("load", path=str(tmp_path / "demo.gguf"), context=window, threads=1)
+        tokens = llama("encode", text=text)
+        assert tokens == runtime.encode(text)
+        windows = list(scoring_windows(len(tokens) + 1, window, window // 2))
+        theirs = math.exp(llama("score", tokens=[begin, *tokens], windows=windows) / len(tokens))
+    ours = runtime.perplexity(text, window)
+    print(
+        f"{weight_type}, head {head_type}: perplexity {theirs:.4f} in llama.cpp, {ours:.4f} here, {theirs / ours:.5f}"
+    )
+    assert abs(theirs / ours - 1) < 0.01
 
 
 @pytest.mark.peers

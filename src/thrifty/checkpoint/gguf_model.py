@@ -178,7 +178,7 @@ def _renamed(file: GGUF) -> Iterator[tuple[str, Block]]:
 def _fields(file: GGUF, blocks: Mapping[str, Block]) -> dict[str, Any]:
     """config.json of the model: what the metadata say, over the one that the file was made from."""
     architecture = file.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ThriftyError(
             f"[gguf] architectures read here are {', '.join(ARCHITECTURES)}; {file.path} has {architecture!r}; run it "
             "with llama.cpp"

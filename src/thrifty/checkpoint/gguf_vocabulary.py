@@ -143,13 +143,16 @@ def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
     if isinstance(stored, str):
         fields = _parsed(stored)
     else:
-        texts = metadata.get(f"{_KEY}tokens") or []
+        texts = metadata.get(f"{_KEY}tokens")
+        texts = texts if isinstance(texts, list) else []
         fields = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         for name, field in SPECIAL.items():
             token = metadata.get(f"{_KEY}{name}_token_id")
-            if token is not None and int(token) < len(texts):
+            if isinstance(token, np.integer) and 0 <= token < len(texts):
                 fields[field] = texts[int(token)]
-    names = [name for name in metadata.get(TEMPLATES) or [] if isinstance(metadata.get(f"{TEMPLATE}.{name}"), str)]
+    listed = metadata.get(TEMPLATES)
+    listed = listed if isinstance(listed, list) else []
+    names = [name for name in listed if isinstance(metadata.get(f"{TEMPLATE}.{name}"), str)]
     if names:
         named = [{"name": name, "template": metadata[f"{TEMPLATE}.{name}"]} for name in names]
         fields["chat_template"] = [{"name": "default", "template": metadata.get(TEMPLATE, "")}, *named]
