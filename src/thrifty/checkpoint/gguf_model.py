@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from thrifty.checkpoint.gguf_vocabulary import tokenizer_config, tokenizer_json
 from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD, linear_shapes
 from thrifty.checkpoint.safetensors import DTYPES, Tensor
 from thrifty.errors import ThriftyError
-from thrifty.spec import GGUF_TERNARY, dequantize_q8_0, gguf_decode
+from thrifty.spec import GGUF_TERNARY, dequantize_q8_0, gguf_block_scales, gguf_decode
 
 #: Names of tensors in GGUF, and here.
 NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
@@ -48,31 +48,36 @@ ARCHITECTURES = {
 #: Keys of our own: config.json and generation_config.json, and the scales that float16 does not hold.
 CONFIG, GENERATION_CONFIG, SCALE = "thrifty.config", "thrifty.generation_config", "thrifty.scale."
 
+#: `thrifty.spec.gguf_decode`, or what does the same faster.
+Decode = Callable[[str, np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
+
 
 @dataclass(frozen=True)
 class GGUFFolder(Folder):
     """A GGUF file read as a folder would be; low-bit weights are decoded when they are asked for."""
 
-    blocks: Mapping[str, Block] = None  # type: ignore[assignment]
-    metadata: Mapping[str, Any] = None  # type: ignore[assignment]
+    blocks: Mapping[str, Block] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    decode: Decode = gguf_decode
 
-    def codes(
-        self, linear: str, rows: int, decode: Callable[..., tuple[np.ndarray, np.ndarray]] = gguf_decode
-    ) -> tuple[np.ndarray, np.float32]:
-        """Codes int8 [rows, in] and the scale that multiplies them; decode: `thrifty.spec.gguf_decode` or a faster one.
+    def codes(self, linear: str, rows: int) -> tuple[np.ndarray, np.float32]:
+        """Codes int8 [rows, in] and the scale that multiplies them.
 
         Raises ThriftyError where a byte stands for no codes, or blocks differ in their scales.
         """
         block = self.blocks[f"{linear}.weight"]
         try:
-            codes, scales = decode(block.kind, block.data, *block.shape)
+            codes, scales = self.decode(block.kind, block.data, *block.shape)
         except ThriftyError as error:
             raise ThriftyError(f"{error}; tensor '{linear}.weight' of {self.path}") from None
         return halves(self.config, self.permuted, linear, codes), self._scale_of(linear, scales)
 
     def multiplier(self, linear: str) -> np.float32:
-        """The scale that multiplies the codes of a linear; the whole tensor is decoded for it."""
-        return self.codes(linear, self.blocks[f"{linear}.weight"].shape[0])[1]
+        """The scale that multiplies the codes of a linear; where blocks differ, the whole tensor is decoded for it."""
+        block = self.blocks[f"{linear}.weight"]
+        scales = np.unique(gguf_block_scales(block.kind, block.data))
+        scales = scales[scales > 0]
+        return self._scale_of(linear, scales) if len(scales) == 1 else self.codes(linear, block.shape[0])[1]
 
     def packed(self, linear: str) -> None:
         """None: a row is not stored as `spec.ROW_BLOCK` has it."""
@@ -114,8 +119,8 @@ def neighbours(config: DecoderConfig, permuted: bool, linear: str, rows: np.ndar
     return rows if heads is None else rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def open_gguf_model(path: str | Path) -> GGUFFolder:
-    """A GGUF file as a checkpoint; tensors stay in mapped pages.
+def open_gguf_model(path: str | Path, decode: Decode = gguf_decode) -> GGUFFolder:
+    """A GGUF file as a checkpoint; tensors stay in mapped pages, and `decode` reads the low-bit ones.
 
     Raises ThriftyError where the file is malformed, its architecture is not read here, or its tensors are not those
     that its metadata call for.
@@ -127,7 +132,7 @@ def open_gguf_model(path: str | Path) -> GGUFFolder:
     _check(file.path, blocks, config)
     permuted = file.metadata["general.architecture"] == "llama"
     tensors = {name: _tensor(config, permuted, name, block) for name, block in blocks.items()}
-    return GGUFFolder(file.path, config, tensors, _Texts(file, fields), blocks, file.metadata)
+    return GGUFFolder(file.path, config, tensors, _Texts(file, fields), blocks, file.metadata, decode)
 
 
 def _check(path: Path, blocks: Mapping[str, Block], config: DecoderConfig) -> None:

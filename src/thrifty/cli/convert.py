@@ -64,11 +64,12 @@ def main(
         raise ThriftyError(f"[convert] --dtype must be one of {', '.join(DTYPES)}; got '{dtype}'")
     if (to == "gguf") != (output.suffix == ".gguf"):
         raise ThriftyError(f"[convert] a GGUF file ends in .gguf, and nothing else does; got {output} for '{to}'")
+    from thrifty import native
     from thrifty.checkpoint import open_model
     from thrifty.convert import to_gguf, to_transformers
 
     start = time.perf_counter()
-    opened = open_model(source)
+    opened = open_model(source, native.gguf_decode)
 
     def run(written: "Written") -> "Conversion":
         if to == "gguf":

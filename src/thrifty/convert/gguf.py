@@ -18,7 +18,7 @@ from thrifty.checkpoint.safetensors import Tensor
 from thrifty.checkpoint.transformers_config import biased, transformers_config
 from thrifty.convert.report import Conversion, Written
 from thrifty.errors import ThriftyError
-from thrifty.spec import ROW_BLOCK, gguf_encode, quantize_q8_0
+from thrifty.spec import ROW_BLOCK
 
 #: Types of ternary weights, and llama.cpp's numbers for files of them; types of embedding and head.
 WEIGHT_TYPES = {"TQ1_0": 36, "TQ2_0": 37}
@@ -156,7 +156,8 @@ def _tensor(
 
         def ternary() -> np.ndarray:
             codes, scale = _codes(source, module, rows)
-            return gguf_encode(weight_type, neighbours(config, permuted, module, codes), float(scale))
+            # Two tensors are made at a time, each by a thread.
+            return native.gguf_encode(weight_type, neighbours(config, permuted, module, codes), float(scale), 1)
 
         return TensorToWrite(_gguf_name(name), weight_type, (rows, cols), ternary)
     stored = source.tensors[name]
@@ -176,12 +177,13 @@ def _codes(source: Folder, linear: str, rows: int) -> tuple[np.ndarray, np.float
     packed, scale = stored
     if not holds_codes(packed):
         raise source.no_code(linear)
-    return native.unpack(ROW_BLOCK.name, packed, rows, packed.shape[1]), scale
+    return native.unpack(ROW_BLOCK.name, packed, rows, packed.shape[1], 1), scale
 
 
 def _float_bytes(tensor: Tensor, kind: str) -> np.ndarray:
     if kind == "Q8_0":
-        return quantize_q8_0(tensor.float32())
+        stored = tensor.data if tensor.dtype in ("BF16", "F16", "F32") else tensor.float32()
+        return native.quantize_q8_0(stored)
     return tensor.data if tensor.dtype == kind else Tensor.of(tensor.float32(), kind).data
 
 

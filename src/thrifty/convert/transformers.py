@@ -149,7 +149,7 @@ def _linear(source: Folder, linear: str, rows: int, shape: tuple[int, ...], line
             scale.set_exception(error)
             raise
         scale.set_result(multiplier)
-        return native.pack(ROW_BLOCK.name, codes) if stored is None else codes
+        return native.pack(ROW_BLOCK.name, codes, 1) if stored is None else codes
 
     rounded = source.config.storage == "latent" and source.config.latent_scale == "bfloat16"
     dtype = "BF16" if rounded and linear_class == "autobitlinear" else "F32"

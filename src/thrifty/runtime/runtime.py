@@ -34,7 +34,7 @@ def load(
     head_bits: int | None = None,
     cache_bits: int = 32,
 ) -> "Runtime":
-    """A runtime of a checkpoint, a folder or a GGUF file: packed, or latent weights quantised while they are read.
+    """A runtime of a checkpoint (folder, GGUF file, hub id): packed, or latent weights quantised while they are read.
 
     weight_format: layout of low-bit weights in memory, "i2" (2 bits) or "base3" (1.6 bits); "auto" measures which is
     faster. n_threads: by default the physical cores this process may use, or THRIFTY_NUM_THREADS. max_context:
@@ -45,7 +45,7 @@ def load(
     where there are more threads than processors.
     Raises ThriftyError where the folder or an option is invalid.
     """
-    folder = open_model(path)
+    folder = open_model(path, native.gguf_decode)
     config = folder.config
     if weight_format not in WEIGHT_FORMATS:
         raise ThriftyError(f"[load] weight_format must be one of {', '.join(WEIGHT_FORMATS)}; got {weight_format!r}")

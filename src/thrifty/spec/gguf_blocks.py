@@ -124,15 +124,27 @@ def gguf_decode(kind: str, data: np.ndarray, rows: int, cols: int) -> tuple[np.n
         if (digits == 3).any():
             raise ThriftyError(f"[gguf_decode] digits of {kind} are 0, 1 and 2; got 3; download or convert it again")
     codes = digits.astype(np.int8) - np.int8(1)
-    if kind == "I2_S":
-        scales = np.repeat(data[size - fmt.tail :][:4].copy().view("<f4"), len(blocks))
-    else:
-        scales = np.ascontiguousarray(blocks[:, -2:]).view("<f2")[:, 0].astype(np.float32)
-    if not ((scales >= 0) & (scales < np.inf)).all():
-        raise ThriftyError(f"[gguf_decode] scales of {kind} must be finite and not negative; download it again")
+    scales = gguf_block_scales(kind, data)
     codes[scales == 0] = 0
     counts = scales > 0 if kind == "I2_S" else codes.any(1)
     return codes.reshape(rows, cols), np.unique(scales[counts]).astype(np.float32)
+
+
+def gguf_block_scales(kind: str, data: np.ndarray) -> np.ndarray:
+    """The stored scale of every block, float32 [blocks]; data: uint8 [rows * row bytes + tail].
+
+    Raises ThriftyError where one is negative or not finite.
+    """
+    fmt = _ternary("gguf_decode", kind)
+    if kind == "I2_S":
+        blocks = (data.size - fmt.tail) // fmt.block_bytes
+        scales = np.repeat(data[data.size - fmt.tail :][:4].copy().view("<f4"), blocks)
+    else:
+        stored = data.reshape(-1, fmt.block_bytes)[:, -2:]
+        scales = np.ascontiguousarray(stored).view("<f2")[:, 0].astype(np.float32)
+    if not ((scales >= 0) & (scales < np.inf)).all():
+        raise ThriftyError(f"[gguf_decode] scales of {kind} must be finite and not negative; download it again")
+    return scales
 
 
 def quantize_q8_0(values: np.ndarray) -> np.ndarray:
