@@ -79,6 +79,12 @@ class DecoderConfig:
     attention_qk_norm: bool = False
     #: eps of a norm with gain in front of every low-bit linear; None where there is none.
     linear_norm_eps: float | None = None
+    #: Whether the output head is a ternary linear of float weights, with its norm where linears have one.
+    ternary_head: bool = False
+    #: Whether gates of an hgrn have learned lower bounds.
+    gate_bounds: bool = False
+    #: Whether gate_proj and up_proj are halves of one latent matrix, which has one scale.
+    fused_gate_up: bool = False
     #: What scores a key of a dynamic mask: a kv head, or each query head.
     dt_heads: Literal["kv", "attention"] = "kv"
     #: Keys that a dynamic mask keeps; None for all.
@@ -159,6 +165,8 @@ class _Reader:
         name = self.family()
         family = FAMILIES[name]
         own = family.own
+        if name == "hgrn_bit":
+            self.fields = self.matmulfree()
         doge: Any = "scaled" if name == "doge" else "plain"
         hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
         kv_heads = self.integer("num_key_value_heads", heads)
@@ -204,7 +212,10 @@ class _Reader:
             residual=self.one_of("residual", ("plain", "scaled"), "plain") if own else doge,
             qk_norm=masked and (doge == "scaled" or self.boolean("qk_norm", False)),
             attention_qk_norm=family.attention_qk_norm,
-            linear_norm_eps=self.linear_norm_eps() if linear != "dense" else None,
+            linear_norm_eps=self.linear_norm_eps(family) if linear != "dense" else None,
+            ternary_head=family.ternary_head,
+            gate_bounds=name == "hgrn_bit" and self.boolean("use_lower_bound", True),
+            fused_gate_up=name == "hgrn_bit" and storage == "latent",
             dt_heads=self.one_of("dt_heads", ("kv", "attention"), "kv"),
             window=self.window(positions) if masked else None,
             ssd_rotary=self.boolean("ssd_rotary", True),
@@ -226,8 +237,8 @@ class _Reader:
         """What the linears are: a choice in the model types of this package, else as the quantization_config says."""
         if FAMILIES[family].own:
             return self.one_of("linear", ("ternary", "binary", "dense"), "ternary")
-        quantized = family == "1bitLLM" or (family != "doge" and self.fields.get("quantization_config") is not None)
-        return "ternary" if quantized else "dense"
+        quantized = family != "doge" and self.fields.get("quantization_config") is not None
+        return "ternary" if quantized or FAMILIES[family].ternary else "dense"
 
     def whole_attention(self, family: str, positions: int) -> None:
         """Refuses attention to a window of keys, unless it holds all positions."""
@@ -253,8 +264,24 @@ class _Reader:
             return "latent" if mode == "online" else "multiplies"
         return "divides"
 
-    def linear_norm_eps(self) -> float | None:
-        """eps of the norms that transformers puts in front of every linear, where it does."""
+    def matmulfree(self) -> dict[str, Any]:
+        """The fields of a published MatMul-free LM, with what follows from others."""
+        if self.boolean("use_short_conv", False):
+            raise self.error("use_short_conv", "be false", True)
+        if self.given("expand_ratio", 1) != 1:
+            raise self.error("expand_ratio", "be 1", self.fields["expand_ratio"])
+        if self.boolean("tie_word_embeddings", False):
+            raise self.error("tie_word_embeddings", "be false, as the head is ternary and the embedding is not", True)
+        two_thirds = int(self.integer("hidden_size") * self.integer("hidden_ratio", 4) * 2 / 3)
+        inner, act = self.integer("intermediate_size", -(-two_thirds // 256) * 256), self.given("hidden_act", "swish")
+        # No layer has heads, or rotary positions.
+        shape = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2, "intermediate_size": inner}
+        return {**self.fields, **shape, "hidden_act": "silu" if act == "swish" else act}
+
+    def linear_norm_eps(self, family: Family) -> float | None:
+        """eps of the norms in front of every linear, where there are some: transformers', or a family's own."""
+        if family.linear_norm_eps is not None:
+            return family.linear_norm_eps
         reader = self.quantization()
         return reader.positive("rms_norm_eps", 1e-6) if reader.boolean("use_rms_norm", False) else None
 
@@ -300,7 +327,7 @@ class _Reader:
     def mixers(self, family: str, layers: int) -> tuple[str, ...]:
         """The token mixer of each layer, from the pattern `token_mixers`."""
         if not FAMILIES[family].own:
-            return ("dynamic_mask" if family == "doge" else "attention",)
+            return (FAMILIES[family].mixer,)
         given = self.given("token_mixers", "attention" if family == "thrifty" else None)
         names = [given] if isinstance(given, str) else given
         if not isinstance(names, list) or not names or any(name not in TOKEN_MIXERS for name in names):

@@ -20,6 +20,13 @@ class Family:
     attention_bias: bool = False
     attention_out_bias: bool = True
     attention_qk_norm: bool = False
+    #: The token mixer of every layer, where config.json cannot choose.
+    mixer: str = "attention"
+    #: Whether linears are ternary where no quantization_config says so; whether the output head is too.
+    ternary: bool = False
+    ternary_head: bool = False
+    #: eps of a norm in front of every low-bit linear; None for what quantization_config says.
+    linear_norm_eps: float | None = None
     #: Patterns of tensor names, and what takes their place.
     names: Mapping[str, str] = field(default_factory=dict)
 
@@ -27,19 +34,28 @@ class Family:
 #: Buffers that older versions of transformers saved; they follow from config.json.
 IGNORED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _SUB_NORMS = {r"\.inner_attn_ln\.": ".attn_sub_norm.", r"\.ffn_layernorm\.": ".ffn_sub_norm."}
+_MATMULFREE = {
+    r"^model\.embeddings\.": "model.embed_tokens.",
+    r"\.attn_norm\.": ".input_layernorm.",
+    r"\.mlp_norm\.": ".post_attention_layernorm.",
+    r"\.attn\.": ".self_attn.",
+    r"(_proj|lm_head)\.norm\.": r"\1.rms_norm.",
+}
 
 FAMILIES = {
     "thrifty": Family(rms_norm_eps=1e-5, norm_placement="sub_ln", own=True),
     "cheems": Family(rms_norm_eps=1e-5, norm_placement="sub_ln", own=True),
     "matmulfree": Family(rms_norm_eps=1e-5, norm_placement="sub_ln", own=True),
-    "doge": Family(),
+    "doge": Family(mixer="dynamic_mask"),
     "bitnet": Family(500_000.0, 1e-5, "relu2", "sub_ln", names=_SUB_NORMS),
     "llama": Family(),
     "mistral": Family(),
     "qwen2": Family(attention_bias=True, attention_out_bias=False),
     "qwen3": Family(attention_qk_norm=True),
     # Saved as model type "llama", with `weight_bits`.
-    "1bitLLM": Family(norm_placement="sub_ln", names=_SUB_NORMS),
+    "1bitLLM": Family(norm_placement="sub_ln", ternary=True, names=_SUB_NORMS),
+    # The published MatMul-free LM. Its kernels leave the eps of its linears' norms, 1e-8, at their own default.
+    "hgrn_bit": Family(mixer="hgrn", ternary=True, ternary_head=True, linear_norm_eps=1e-6, names=_MATMULFREE),
 }
 
 

@@ -39,7 +39,7 @@ class Folder:
         scale where there is one. Raises ThriftyError where a scale or a code is invalid.
         """
         weight = self.tensors[f"{linear}.weight"]
-        if self.config.storage == "latent":
+        if self.config.storage == "latent" or linear == "lm_head":
             return self._quantised(linear, weight.float32())
         codes = unpack_row_block(weight.data, rows)
         if codes is None:
@@ -93,17 +93,26 @@ class Folder:
             return self._scale(linear)
         weight = self.float32(f"{linear}.weight")
         if self.config.latent_scale == "float32":
-            return np.float32(1) / _transformers_reciprocal(weight)
+            return np.float32(1) / self._reciprocal(linear, weight)
         return np.float32(absmean(weight, np, round_bf16))
 
     def _quantised(self, linear: str, weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
         if self.config.latent_scale == "float32" and f"{linear}.weight_scale" not in self.tensors:
-            factor = _transformers_reciprocal(weight)
+            factor = self._reciprocal(linear, weight)
             codes = np.rint(np.multiply(weight, factor, out=weight), out=weight)
             return np.clip(codes, -1, 1, out=codes).astype(np.int8), np.float32(1) / factor
         scale = self.multiplier(linear)
         codes = ternary_codes(weight, scale, np) if self.config.linear == "ternary" else binary_codes(weight, np)
         return codes.astype(np.int8), scale
+
+    def _reciprocal(self, linear: str, weight: np.ndarray) -> np.float32:
+        """What transformers' forward multiplies a latent weight by before it rounds: 1 / max(mean |w|, 1e-5)."""
+        mean = np.abs(weight).mean(dtype=np.float64)
+        if self.config.fused_gate_up and linear.endswith((".gate_proj", ".up_proj")):
+            block, _, name = linear.rpartition(".")
+            other = self.float32(f"{block}.{'up' if name == 'gate_proj' else 'gate'}_proj.weight")
+            mean = (mean + np.abs(other).mean(dtype=np.float64)) / 2
+        return np.float32(1) / np.maximum(np.float32(mean), np.float32(EPS))
 
     def _scale(self, linear: str) -> np.float32:
         scale = self.float32(f"{linear}.weight_scale").reshape(-1)[0]
@@ -139,12 +148,6 @@ def reciprocal(scale: np.float32) -> np.float32:
     with np.errstate(over="ignore"):
         short = (np.float32(round_bf16(plain)), np.float32(np.float16(plain)))
     return next((s for s in short if s != 0 and np.float32(1) / s == scale), plain)
-
-
-def _transformers_reciprocal(weight: np.ndarray) -> np.float32:
-    """What transformers' forward multiplies a latent weight by before it rounds: 1 / max(mean |w|, 1e-5)."""
-    mean = np.float32(np.abs(weight).mean(dtype=np.float64))
-    return np.float32(1) / np.maximum(mean, np.float32(EPS))
 
 
 def holds_codes(packed: np.ndarray) -> bool:
@@ -189,7 +192,21 @@ def _renamed(path: Path, tensors: dict[str, Tensor], config: DecoderConfig) -> d
         if ours in renamed:
             raise _mismatch(path, f"tensor '{name}' is there under another name too")
         renamed[ours] = tensor
-    return renamed
+    return _split_gate_up(renamed, config.intermediate_size) if config.fused_gate_up else renamed
+
+
+def _split_gate_up(tensors: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """The halves of a fused projection, gate first, as the two that it stands for; they share its norm."""
+    split = dict(tensors)
+    for name, tensor in tensors.items():
+        up = name.replace(".gate_proj.", ".up_proj.")
+        if up in tensors or name == up:
+            continue
+        if name.endswith(".gate_proj.weight") and tensor.data.shape[0] == 2 * rows:
+            split |= {name: Tensor(tensor.dtype, tensor.data[:rows]), up: Tensor(tensor.dtype, tensor.data[rows:])}
+        elif name.endswith(".rms_norm.weight"):
+            split[up] = tensor
+    return split
 
 
 class Described(Protocol):

@@ -9,6 +9,8 @@ from thrifty.spec import ROW_BLOCK
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+HEAD_NORM = "lm_head.rms_norm.weight"
+GATE_BOUNDS = "model.lower_bounds"
 #: The SSD's A in the seed's Cheems; here `A_log`, the logarithm of -A.
 SEED_SSD_A = r"\.ssd\.A"
 #: Names of the Wonderful Matrices seed (Doge, Cheems) as regular expressions, and what they are here, in this order.
@@ -55,6 +57,7 @@ def linear_shapes(config: DecoderConfig, layer: int = 0) -> dict[str, tuple[int,
         "ssd": {**dict.fromkeys(("x_proj", "b_proj", "c_proj"), (q, hidden)), "o_proj": (hidden, q)},
     }
     mixers["dynamic_mask"] = mixers["attention"]
+    mixers["hgrn"] = dict.fromkeys(("i_proj", "f_proj", "g_proj", "o_proj"), (hidden, hidden))
     shapes = {f"self_attn.{name}": shape for name, shape in mixers[config.mixer(layer)].items()}
     shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
     if config.feed_forward == "mlp":
@@ -78,6 +81,8 @@ def norm_sizes(config: DecoderConfig, layer: int = 0) -> dict[str, int]:
             sizes["mlp.ffn_sub_norm"] = config.intermediate_size
     if (mixer == "dynamic_mask" and config.qk_norm) or (mixer == "attention" and config.attention_qk_norm):
         sizes |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
+    if mixer == "hgrn":
+        sizes["self_attn.g_norm"] = config.hidden_size
     return sizes
 
 
@@ -119,6 +124,10 @@ def expected_tensors(config: DecoderConfig) -> dict[str, TensorInfo]:
     }
     if not config.tie_word_embeddings:
         tensors[HEAD] = TensorInfo((config.vocab_size, config.hidden_size))
+    if config.ternary_head and config.linear_norm_eps is not None:
+        tensors[HEAD_NORM] = TensorInfo((config.hidden_size,))
+    if config.gate_bounds:
+        tensors[GATE_BOUNDS] = TensorInfo((config.num_hidden_layers, config.hidden_size))
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         for norm, size in norm_sizes(config, layer).items():

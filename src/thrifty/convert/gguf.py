@@ -91,6 +91,7 @@ def _architecture(source: Folder, fields: dict[str, Any] | None, any_activation:
         "its linears are not ternary": config.linear != "ternary",
         "it has layers that are no attention and gated feed-forward": model_type not in _ARCHITECTURES,
         "every linear has a norm of its own": config.linear_norm_eps is not None,
+        "its rotary frequencies are scaled": config.rope_scaling is not None,
         f"its linears have biases ({', '.join(biased(config))})": model_type == "bitnet" and biased(config) != [],
         "architecture bitnet has its output head tied to the embedding": (
             model_type == "bitnet" and not config.tie_word_embeddings

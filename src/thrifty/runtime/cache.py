@@ -132,6 +132,7 @@ class NumpyCache(Cache):
         }
         shapes = {
             "mlgru": (config.hidden_size,),
+            "hgrn": (config.hidden_size,),
             "ssd": (config.num_attention_heads, config.head_dim, config.head_dim),
         }
         self.states = {i: np.zeros(shapes[mixer], np.float32) for i, mixer in enumerate(mixers) if mixer in shapes}

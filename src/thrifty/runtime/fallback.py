@@ -7,7 +7,7 @@ import numpy as np
 
 from thrifty import native
 from thrifty.checkpoint import Folder, Tensor
-from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD
+from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM
 from thrifty.runtime.activation import activation
 from thrifty.runtime.cache import NumpyCache
 from thrifty.runtime.fallback_experts import Experts
@@ -35,7 +35,7 @@ class NumpyDecoder:
         self.config = config
         self.max_context = max_context
         self._embedding = folder.tensors[EMBEDDING]
-        self._head = make_head(folder.tensors[EMBEDDING if config.tie_word_embeddings else HEAD], head_bits)
+        self._head = make_head(folder, head_bits)
         self._final_gain = folder.float32(FINAL_NORM)
         self._layers = [_Layer(folder, layer) for layer in range(config.num_hidden_layers)]
         self._rope = RopeTables(max_context, config.head_dim, config.rope_theta, config.rope_scaling)

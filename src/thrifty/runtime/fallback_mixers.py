@@ -8,7 +8,7 @@ import numpy as np
 
 from thrifty import native, spec
 from thrifty.checkpoint import Folder
-from thrifty.checkpoint.names import has_bias, linear_shapes
+from thrifty.checkpoint.names import GATE_BOUNDS, has_bias, linear_shapes
 from thrifty.runtime.attention import attention
 from thrifty.runtime.cache import NumpyCache
 from thrifty.runtime.projection import DenseProjection, TernaryProjection
@@ -143,6 +143,24 @@ class _MLGRU:
         return g * h
 
 
+class _HGRN:
+    def __init__(self, folder: Folder, layer: int) -> None:
+        c = folder.config
+        self._ifg = Linears(folder, layer, [f"self_attn.{x}_proj" for x in "ifg"], "input_layernorm")
+        self._bounds = spec.gate_bounds(folder.float32(GATE_BOUNDS))[layer] if c.gate_bounds else None
+        self._gain = folder.float32(f"model.layers.{layer}.self_attn.g_norm.weight")
+        self._eps = c.rms_norm_eps
+        self.nbytes = self._ifg.nbytes
+
+    def __call__(self, x: np.ndarray, step: Step) -> np.ndarray:
+        i, f, g = np.split(self._ifg(x), 3, axis=1)
+        i, f = spec.ACTIVATIONS["silu"](i), spec.ACTIVATIONS["sigmoid"](f)
+        state = step.cache.states[step.layer]
+        h = spec.mlgru(f, i, state if step.first else None, self._bounds)
+        state[:] = h[-1]
+        return spec.rms_norm(g, self._gain, self._eps) * spec.ACTIVATIONS["silu"](h)
+
+
 class _SSD:
     def __init__(self, folder: Folder, layer: int) -> None:
         c, prefix = folder.config, f"model.layers.{layer}."
@@ -171,5 +189,6 @@ MIXERS: dict[str, Callable[[Folder, int], Mixer]] = {
     "attention": _Attention,
     "dynamic_mask": _DynamicMask,
     "mlgru": _MLGRU,
+    "hgrn": _HGRN,
     "ssd": _SSD,
 }

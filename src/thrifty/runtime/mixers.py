@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from thrifty.checkpoint.names import GATE_BOUNDS
 from thrifty.native import ACTIVATION_IDS, DTYPE_IDS, Epilogue, Op, OpCode
 from thrifty.runtime.weights import row_stride, tiles_of
+from thrifty.spec import gate_bounds
 from thrifty.spec.formats import TILE_ROWS
 
 if TYPE_CHECKING:
@@ -91,6 +93,22 @@ def _mlgru(program: "DecoderProgram", layer: int) -> None:
     _finish(program, layer, mixed)
 
 
+def _hgrn(program: "DecoderProgram", layer: int) -> None:
+    c, d = program.config, program.config.hidden_size
+    part = _padded(d)
+    gates, mixed = program.projected(3 * part), program.mixed(d)
+    f, g, i = (gates[:, part * at : part * (at + 1)] for at in range(3))
+    _project(program, layer, "f", f, Epilogue.ACT, ACTIVATION_IDS["sigmoid"])
+    _project(program, layer, "g", g)
+    _project(program, layer, "i", i, Epilogue.ACT, ACTIVATION_IDS["silu"])
+    gain = program.gain(layer, "self_attn.g_norm")
+    program.ops.append(Op(OpCode.HEADS, (1, 0, d, row_stride(g)), (g, None, None, gain), (c.rms_norm_eps,)))
+    bounds = gate_bounds(program.folder.float32(GATE_BOUNDS))[layer].copy() if c.gate_bounds else None
+    sizes = (d, row_stride(f), d, program.layout.at(layer), 1)
+    program.ops.append(Op(OpCode.MLGRU, sizes, (f, i, g, mixed, bounds)))
+    _finish(program, layer, mixed)
+
+
 def _ssd(program: "DecoderProgram", layer: int) -> None:
     c, rope, heads = program.config, program.rope, program.config.num_attention_heads
     part = _padded(c.q_size)
@@ -113,5 +131,6 @@ MIXERS: dict[str, Callable[["DecoderProgram", int], None]] = {
     "attention": _attention,
     "dynamic_mask": _dynamic_mask,
     "mlgru": _mlgru,
+    "hgrn": _hgrn,
     "ssd": _ssd,
 }

@@ -7,14 +7,24 @@ import numpy as np
 
 from thrifty import native
 from thrifty.checkpoint import Folder
-from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD, linear_weights
+from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD, HEAD_NORM, linear_weights
 from thrifty.native import ACTIVATION_IDS, DTYPE_IDS, NO_FLAGS, Epilogue, Op, OpCode, OpFlag, Program
 from thrifty.runtime.cache import NativeCache
 from thrifty.runtime.experts import add_experts
 from thrifty.runtime.mixers import MIXERS
 from thrifty.runtime.rope import RopeTables
 from thrifty.runtime.states import Layout
-from thrifty.runtime.weights import CACHE_LINE, Arena, Matrix, read_dense, read_head, read_matrix, row_stride, tiles_of
+from thrifty.runtime.weights import (
+    CACHE_LINE,
+    Arena,
+    Matrix,
+    read_dense,
+    read_head,
+    read_matrix,
+    read_ternary_head,
+    row_stride,
+    tiles_of,
+)
 from thrifty.spec import CHUNK
 from thrifty.spec.formats import TILE_ROWS
 
@@ -118,16 +128,23 @@ class DecoderProgram:
         self.add(layer, "mlp.down_proj", "mlp.ffn_sub_norm", self.inner, "post_attention_residual")
 
     def _head(self) -> None:
-        c = self.config
-        matrix = read_head(
-            self.folder.tensors[EMBEDDING if c.tie_word_embeddings else HEAD],
-            self.options.head_bits,
-            self.options.n_threads,
-            self.arena,
-        )
-        self.weight_bytes += matrix.nbytes
+        c, folder, gain = self.config, self.folder, self.folder.float32(FINAL_NORM)
         rows = OpFlag.OUTPUTS | OpFlag.GATHER
-        self.product(matrix, self.x, self.folder.float32(FINAL_NORM), self.logits, c.vocab_size, rows=rows)
+        if c.ternary_head:
+            matrix = read_ternary_head(folder, self.options.weight_format, self.arena)
+            self._norm(self.x, gain, rows)
+            own, eps = folder.float32(HEAD_NORM), c.linear_norm_eps
+            self.product(matrix, self._normed, own, self.logits, c.vocab_size, rows=OpFlag.OUTPUTS, eps=eps)
+        else:
+            stored, bits = folder.tensors[EMBEDDING if c.tie_word_embeddings else HEAD], self.options.head_bits
+            matrix = read_head(stored, bits, self.options.n_threads, self.arena)
+            self.product(matrix, self.x, gain, self.logits, c.vocab_size, rows=rows)
+        self.weight_bytes += matrix.nbytes
+
+    def _norm(self, x: np.ndarray, gain: np.ndarray, flags: OpFlag = NO_FLAGS) -> None:
+        """RMSNorm of rows of x, for several products."""
+        sizes = (len(gain), row_stride(x), self._normed.shape[1])
+        self.ops.append(Op(OpCode.RMS_NORM, sizes, (x, gain, self._normed), (self.config.rms_norm_eps,), flags))
 
     def product(
         self,
@@ -182,8 +199,7 @@ class DecoderProgram:
             self.product(matrix, x, gain, y, y.shape[1], epilogue, activation, factors=factors)
             return
         if gain is not None:
-            sizes = (len(gain), row_stride(x), self._normed.shape[1])
-            self.ops.append(Op(OpCode.RMS_NORM, sizes, (x, gain, self._normed), (self.config.rms_norm_eps,)))
+            self._norm(x, gain)
             x = self._normed
         hows = [Epilogue.ACT, Epilogue.MULTIPLY] if pair else [epilogue] * len(names)
         for name, how in zip(names, hows, strict=True):

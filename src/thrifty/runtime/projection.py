@@ -3,7 +3,8 @@
 import numpy as np
 
 from thrifty import native, spec
-from thrifty.checkpoint import Tensor
+from thrifty.checkpoint import Folder, Tensor
+from thrifty.checkpoint.names import EMBEDDING, HEAD, HEAD_NORM
 
 #: Bytes by which a 16-bit head may grow to be kept as float32.
 WIDEN_LIMIT = 32 << 20
@@ -109,6 +110,12 @@ class QuantizedHead:
         return self._matrix.matmul(*native.quantize_per_token(x, norm=False), self._scale)
 
 
-def make_head(weight: Tensor, bits: int | None) -> Head | QuantizedHead:
-    """The output head as stored, or at 8 or 4 bits."""
+def make_head(folder: Folder, bits: int | None) -> Head | QuantizedHead | TernaryProjection:
+    """The output head as stored, at 8 or 4 bits, or of ternary weights."""
+    config = folder.config
+    if config.ternary_head and config.linear_norm_eps is not None:
+        codes, scale = folder.codes("lm_head", config.vocab_size)
+        matrix, gain = native.PackedMatrix.from_codes(codes, "i2"), folder.float32(HEAD_NORM)
+        return TernaryProjection(matrix, np.array([scale]), None, gain, config.linear_norm_eps)
+    weight = folder.tensors[EMBEDDING if config.tie_word_embeddings else HEAD]
     return Head(weight) if bits is None else QuantizedHead(weight, bits)

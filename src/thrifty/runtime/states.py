@@ -46,7 +46,11 @@ class Layout:
 
     def _recurrent_nbytes(self, mixer: str) -> int:
         c = self.config
-        floats = {"mlgru": c.hidden_size, "ssd": c.num_attention_heads * c.head_dim * _padded(c.head_dim, 16)}
+        floats = {
+            "mlgru": c.hidden_size,
+            "hgrn": c.hidden_size,
+            "ssd": c.num_attention_heads * c.head_dim * _padded(c.head_dim, 16),
+        }
         return _padded(4 * floats.get(mixer, 0), _LINE)
 
     def kept(self, positions: int) -> int:

@@ -157,6 +157,17 @@ def float_matrix(values: np.ndarray, arena: Arena) -> Matrix:
     return _float_matrix([Tensor.of(np.ascontiguousarray(values))], [slice(0, tiles_of(len(values)))], None, arena)
 
 
+def read_ternary_head(folder: Folder, weight_format: str, arena: Arena) -> Matrix:
+    """An output head of ternary weights."""
+    codes, multiplier = folder.codes("lm_head", folder.config.vocab_size)
+    rows, cols = codes.shape
+    tiles, blocks, _ = spec.FORMATS[weight_format].packed_shape(rows, cols)
+    data = arena.empty(tiles * blocks * 64).reshape(tiles, blocks, 64)
+    data[:] = native.pack(weight_format, codes)
+    scale = _padded(np.full(rows, multiplier, np.float32)).reshape(-1)
+    return Matrix(weight_format, data, cols, scale, None)
+
+
 def read_head(tensor: Tensor, bits: int | None, n_threads: int, arena: Arena) -> Matrix:
     """An output head as stored, or at 8 or 4 bits with a scale per row: max |w| / 127, or max |w| / 7."""
     if bits is None:
