@@ -7,6 +7,7 @@ from thrifty.nn.experts import PEER, CDMoE, ExpertUsage, load_balance_loss
 from thrifty.nn.feedforward import BitFeedForward
 from thrifty.nn.linear import LINEARS, BitLinear, make_linear
 from thrifty.nn.mlgru import MLGRU
+from thrifty.nn.native_kernels import NativeBitLinear, use_native_kernels
 from thrifty.nn.norm import RMSNorm
 from thrifty.nn.packing import PackedBitLinear, is_packed, pack, unpack
 from thrifty.nn.replacements import Replacements
@@ -28,6 +29,7 @@ __all__ = [
     "DynamicMaskAttention",
     "DynamicMaskLayer",
     "ExpertUsage",
+    "NativeBitLinear",
     "PackedBitLinear",
     "RMSNorm",
     "RecurrentLayer",
@@ -41,4 +43,5 @@ __all__ = [
     "replace_linears_in_hf",
     "ternarize",
     "unpack",
+    "use_native_kernels",
 ]

@@ -52,9 +52,7 @@ class PackedBitLinear(nn.Module):
     def weight(self) -> Tensor:
         """The shape [out, in], dtype and device of the latent weight, for code that asks for these; its values, which
         nothing holds, are NaN."""
-        return torch.full((1, 1), torch.nan, dtype=self._dtype, device=self.packed.device).expand(
-            self.out_features, self.in_features
-        )
+        return shape_only(self.out_features, self.in_features, self._dtype, self.packed.device)
 
     def forward(self, x: Tensor) -> Tensor:
         # In float32 alone is the norm not rounded before the codes are taken.
@@ -159,6 +157,11 @@ def unpack(model: M, where: Where | None = None) -> M:
 def is_packed(model: nn.Module) -> bool:
     """Whether any layer of the model is packed."""
     return any(isinstance(module, PackedBitLinear) for module in model.modules())
+
+
+def shape_only(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor [rows, cols] of NaN that takes the memory of one."""
+    return torch.full((1, 1), torch.nan, dtype=dtype, device=device).expand(rows, cols)
 
 
 def stored_scale(scale: Tensor) -> Tensor:
