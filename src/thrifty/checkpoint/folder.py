@@ -134,7 +134,7 @@ def open_folder(path: str | Path) -> Folder:
         what = "is a file" if path.exists() else "does not exist"
         raise ThriftyError(f"[checkpoint] a model is a folder with config.json in it; {path} {what}; check the path")
     config = read_config(path / "config.json")
-    tensors = _renamed(path, _open_tensors(path), config)
+    tensors = _renamed(path, open_tensors(path), config)
     check_tensors(path, tensors, config)
     return Folder(path, config, tensors)
 
@@ -167,7 +167,8 @@ def unpack_row_block(packed: np.ndarray, rows: int) -> np.ndarray | None:
     return blocks.reshape(-1, packed.shape[1])[:rows]
 
 
-def _open_tensors(folder: Path) -> dict[str, Tensor]:
+def open_tensors(folder: Path) -> dict[str, Tensor]:
+    """Tensors of model.safetensors, or of the shards that its index names, as they are called there."""
     if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
         return open_safetensors(folder / _WEIGHTS)
     weight_map = read_json(folder / _INDEX).get("weight_map")

@@ -126,13 +126,24 @@ def open_gguf_model(path: str | Path, decode: Decode = gguf_decode) -> GGUFFolde
     that its metadata call for.
     """
     file = open_gguf(path)
+    blocks, fields, config = _read(file)
+    permuted = file.metadata["general.architecture"] == "llama"
+    tensors = {name: _tensor(config, permuted, name, block) for name, block in blocks.items()}
+    return GGUFFolder(file.path, config, tensors, _Texts(file, fields), blocks, file.metadata, decode)
+
+
+def gguf_config(file: GGUF) -> DecoderConfig:
+    """The config of a file. Raises ThriftyError as `open_gguf_model` does."""
+    return _read(file)[2]
+
+
+def _read(file: GGUF) -> tuple[dict[str, Block], dict[str, Any], DecoderConfig]:
+    """Tensors under the names they have here, config.json and config."""
     blocks = dict(_renamed(file))
     fields = _fields(file, blocks)
     config = replace(config_of(file.path, fields), bias_scaled=False)
     _check(file.path, blocks, config)
-    permuted = file.metadata["general.architecture"] == "llama"
-    tensors = {name: _tensor(config, permuted, name, block) for name, block in blocks.items()}
-    return GGUFFolder(file.path, config, tensors, _Texts(file, fields), blocks, file.metadata, decode)
+    return blocks, fields, config
 
 
 def _check(path: Path, blocks: Mapping[str, Block], config: DecoderConfig) -> None:

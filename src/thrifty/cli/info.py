@@ -11,19 +11,31 @@ thrifty info
 
 thrifty info runs/notes-packed
 
+thrifty info model.gguf
+
 thrifty info runs/notes-packed --json
 """
 
-#: Parts of a model, and what their tensors' names hold.
-PARTS = {"embedding": "embed_tokens", "head": "lm_head", "norms": "norm"}
+#: Most layers that a chart has a column for.
+COLUMNS = 36
 
 
 def main(
-    model: Annotated[Path | None, typer.Argument(help="Folder of a model, packed or not.")] = None,
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder, .gguf, .safetensors or .keras file, or hub id of a model.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show versions, native code paths, installed extras, and what a model is made of."""
-    facts = {"thrifty": installation()} | ({"model": describe_model(model)} if model else {})
+    """Show versions, native code paths, installed extras, and what a model is made of.
+
+    Of a model: architecture, bytes and bits per weight of its parts, scales, tokenizer, and how many of its codes are
+    zero, by layer. Models that do not run here are shown too.
+    """
+    facts: dict[str, Any] = {"thrifty": installation()}
+    if model is not None:
+        from thrifty.cli.describe import describe_model
+
+        facts["model"] = describe_model(model)
     if json:
         from json import dumps
 
@@ -35,8 +47,9 @@ def main(
     if not console.is_terminal:
         # What goes to a file or a pipe is not folded: a path stays one word there.
         console = Console(width=10_000)
-    for rows in facts.values():
-        console.print(_table(rows))
+    console.print(_table(facts["thrifty"]))
+    if model is not None:
+        show_model(console, facts["model"])
 
 
 def installation() -> dict[str, Any]:
@@ -63,35 +76,6 @@ def installation() -> dict[str, Any]:
     }
 
 
-def describe_model(path: Path) -> dict[str, Any]:
-    """The model's shape, how its weights are stored, and the bytes of its parts.
-
-    Errors: a folder that is not a model, tensors that do not match its config.
-    """
-    from dataclasses import asdict
-
-    from thrifty.checkpoint import open_folder
-
-    folder = open_folder(path)
-    config = {name: value for name, value in asdict(folder.config).items() if value is not None}
-    config["mixers"] = list(config["mixers"])
-    storage = "latent" if config.pop("storage") == "latent" else "packed, 2 bits a weight"
-    parts: dict[str, dict[str, Any]] = {}
-    for name, tensor in folder.tensors.items():
-        part = next((part for part, mark in PARTS.items() if mark in name), f"{folder.config.linear} linears")
-        entry = parts.setdefault(part, {"bytes": 0, "dtypes": set()})
-        entry["bytes"] += tensor.data.nbytes
-        entry["dtypes"].add(tensor.dtype)
-    return {
-        "path": str(path),
-        "storage": "dense" if folder.config.linear == "dense" else storage,
-        **config,
-        "bytes": {part: entry["bytes"] for part, entry in parts.items()},
-        "dtypes": {part: sorted(entry["dtypes"]) for part, entry in parts.items()},
-        "total bytes": sum(entry["bytes"] for entry in parts.values()),
-    }
-
-
 def _extras() -> dict[str, dict[str, str | None]]:
     """Versions of the modules of every extra; None where one is not installed."""
     from importlib.metadata import PackageNotFoundError, version
@@ -106,6 +90,71 @@ def _extras() -> dict[str, dict[str, str | None]]:
             found = None
         extras.setdefault(extra, {})[module] = found
     return extras
+
+
+def show_model(console: Any, facts: dict[str, Any]) -> None:
+    """Print facts of `describe_model`: a table of them, one of the parts, and zeros by layer."""
+    amounts = ("parameters", "bits per weight", "weights", "bytes", "dtypes", "total bytes", "zeros")
+    console.print()
+    console.print(_table({name: _short(value) for name, value in facts.items() if name not in amounts}))
+    console.print()
+    console.print(_parts(facts))
+    if "zeros" in facts:
+        estimate = " (estimated, as the weights are not packed)" if facts.get("storage") == "latent" else ""
+        chart = zeros_chart(facts["zeros"], console.options.ascii_only, estimate)
+        console.print()
+        console.print(chart, highlight=False, markup=False, soft_wrap=True)
+
+
+def zeros_chart(zeros: dict[str, Any], ascii_only: bool = False, note: str = "") -> str:
+    """A line for each kind of linear: its share of zeros, and a column for each layer, all on one scale.
+
+    More than `COLUMNS` layers share columns, so that a line keeps within 80.
+    """
+    ramp = "0123456789" if ascii_only else "▁▂▃▄▅▆▇█"
+    layers = zeros["layers"]
+    least, most = min(map(min, layers.values())), max(map(max, layers.values()))
+    lines = [
+        f"share of zeros: {zeros['all']:.1%} of all codes{note}",
+        f"by layer, from {ramp[0]} = {least:.1%} to {ramp[-1]} = {most:.1%}",
+    ]
+    width = max(map(len, layers))
+    for kind, shares in layers.items():
+        groups = max(1, -(-len(shares) // COLUMNS))
+        means = [sum(g) / len(g) for g in (shares[i : i + groups] for i in range(0, len(shares), groups))]
+        heights = [round((m - least) / (most - least or 1) * (len(ramp) - 1)) for m in means]
+        lines.append(f"  {kind:{width}}  {sum(shares) / len(shares):6.1%}  {''.join(ramp[h] for h in heights)}")
+    return "\n".join(lines)
+
+
+def _parts(facts: dict[str, Any]) -> Any:
+    """Bytes, weights and types of each part, and of all."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for column in ("part", "bytes", "weights", "bits"):
+        table.add_column(justify="left" if column == "part" else "right", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("part", "bytes", "weights", "bits each", "stored as", style="bold")
+    sizes = facts["bytes"] | {"all": facts["total bytes"]}
+    weights = facts.get("weights", {}) | {"all": facts.get("parameters", 0)}
+    for part, size in sizes.items():
+        bits = facts.get("bits per weight", {}).get(part)
+        shown = "" if bits is None else f"{bits:.2f}"
+        count = f"{weights[part]:,}" if weights.get(part) else ""
+        table.add_row(part, f"{size:,}", count, shown, ", ".join(facts.get("dtypes", {}).get(part, ())))
+    return table
+
+
+def _short(value: Any) -> Any:
+    """A fact in a line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(inner)}" for name, inner in value.items()) or "none"
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return "yes" if value else "no" if value is False else "none"
+    return value
 
 
 def _table(rows: dict[str, Any]) -> Any:
