@@ -9,10 +9,11 @@ import numpy as np
 
 from thrifty.checkpoint.config import DecoderConfig, parse_json, read_config, read_json
 from thrifty.checkpoint.families import our_name
+from thrifty.checkpoint.latent import multiplied_codes, rounded_scale, scaled_codes, transformers_factor
 from thrifty.checkpoint.names import HEAD, expected_tensors
 from thrifty.checkpoint.safetensors import FLOATS, Tensor, open_safetensors
 from thrifty.errors import ThriftyError
-from thrifty.spec import EPS, absmean, binary_codes, round_bf16, ternary_codes
+from thrifty.spec import binary_codes, round_bf16
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -40,7 +41,7 @@ class Folder:
         """
         weight = self.tensors[f"{linear}.weight"]
         if self.config.storage == "latent" or linear == "lm_head":
-            return self._quantised(linear, weight.float32())
+            return self._quantised(linear, weight)
         codes = unpack_row_block(weight.data, rows)
         if codes is None:
             raise self.no_code(linear)
@@ -91,35 +92,37 @@ class Folder:
             return reciprocal(self._scale(linear))
         if self.config.storage == "multiplies" or f"{linear}.weight_scale" in self.tensors:
             return self._scale(linear)
-        weight = self.float32(f"{linear}.weight")
-        if self.config.latent_scale == "float32":
-            return np.float32(1) / self._reciprocal(linear, weight)
-        return np.float32(absmean(weight, np, round_bf16))
+        rounded = self.config.latent_scale == "bfloat16"
+        weight = self.tensors[f"{linear}.weight"]
+        scale = rounded_scale(weight) if rounded else np.float32(1) / self._factor(linear)
+        return self._valid(linear, "weight", scale)
 
-    def _quantised(self, linear: str, weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
+    def _quantised(self, linear: str, weight: Tensor) -> tuple[np.ndarray, np.float32]:
         if self.config.latent_scale == "float32" and f"{linear}.weight_scale" not in self.tensors:
-            factor = self._reciprocal(linear, weight)
-            codes = np.rint(np.multiply(weight, factor, out=weight), out=weight)
-            return np.clip(codes, -1, 1, out=codes).astype(np.int8), np.float32(1) / factor
+            factor = self._factor(linear)
+            return multiplied_codes(weight, factor), self._valid(linear, "weight", np.float32(1) / factor)
         scale = self.multiplier(linear)
-        codes = ternary_codes(weight, scale, np) if self.config.linear == "ternary" else binary_codes(weight, np)
-        return codes.astype(np.int8), scale
+        if self.config.linear == "binary":
+            return binary_codes(weight.float32(), np).astype(np.int8), scale
+        return scaled_codes(weight, scale), scale
 
-    def _reciprocal(self, linear: str, weight: np.ndarray) -> np.float32:
-        """What transformers' forward multiplies a latent weight by before it rounds: 1 / max(mean |w|, 1e-5)."""
-        mean = np.abs(weight).mean(dtype=np.float64)
+    def _factor(self, linear: str) -> np.float32:
+        """What transformers' forward multiplies a latent weight by before it rounds."""
+        weights = [self.tensors[f"{linear}.weight"]]
         if self.config.fused_gate_up and linear.endswith((".gate_proj", ".up_proj")):
             block, _, name = linear.rpartition(".")
-            other = self.float32(f"{block}.{'up' if name == 'gate_proj' else 'gate'}_proj.weight")
-            mean = (mean + np.abs(other).mean(dtype=np.float64)) / 2
-        return np.float32(1) / np.maximum(np.float32(mean), np.float32(EPS))
+            weights.append(self.tensors[f"{block}.{'up' if name == 'gate_proj' else 'gate'}_proj.weight"])
+        return transformers_factor(*weights)
 
     def _scale(self, linear: str) -> np.float32:
         scale = self.float32(f"{linear}.weight_scale").reshape(-1)[0]
+        return self._valid(linear, "weight_scale", scale)
+
+    def _valid(self, linear: str, tensor: str, scale: np.float32) -> np.float32:
         if not 0 < scale < np.inf:
             raise ThriftyError(
-                f"[checkpoint] a weight scale must be positive and finite; '{linear}.weight_scale' of {self.path} is "
-                f"{scale}; download or pack it again"
+                f"[checkpoint] a weight scale must be positive and finite; that of '{linear}.{tensor}' of {self.path} "
+                f"is {scale}; download or pack it again"
             )
         return scale
 
