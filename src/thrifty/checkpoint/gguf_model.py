@@ -76,6 +76,8 @@ class GGUFFolder(Folder):
         """The scale that multiplies the codes of a linear; where blocks differ, the whole tensor is decoded for it."""
         block = self.blocks[f"{linear}.weight"]
         scales = np.unique(gguf_block_scales(block.kind, block.data))
+        # Every page has one.
+        self.tensors[f"{linear}.weight"].release()
         scales = scales[scales > 0]
         return self._scale_of(linear, scales) if len(scales) == 1 else self.codes(linear, block.shape[0])[1]
 
