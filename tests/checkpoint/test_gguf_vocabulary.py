@@ -271,9 +271,12 @@ UNREAD = {
     "kind": ({"tokenizer.ggml.model": "bert"}, "gpt2 and llama; got bert"),
     "pre": ({"tokenizer.ggml.pre": "viking"}, "got viking"),
     "no pre": ({"tokenizer.ggml.pre": None}, "got none"),
-    "tokens": ({"tokenizer.ggml.tokens": np.arange(3)}, "list of texts"),
+    "tokens": ({"tokenizer.ggml.tokens": []}, "list of texts; got NoneType in it"),
+    "no tokens": ({"tokenizer.ggml.tokens": np.arange(3)}, "is a list; got ndarray"),
     "types": ({"tokenizer.ggml.token_type": np.ones(3, np.int32)}, "a number for each"),
     "merges": ({"tokenizer.ggml.merges": ["ab"]}, "list of pairs"),
+    "no merges": ({"tokenizer.ggml.merges": None}, "list of pairs of pieces; got none"),
+    "flag": ({"tokenizer.ggml.add_bos_token": "yes"}, "is a bool; got str"),
     "special": ({"tokenizer.ggml.bos_token_id": np.uint32(10**6)}, "one of"),
 }
 
@@ -283,8 +286,32 @@ def test_what_is_not_read_here_is_refused(case):
     _, metadata = made("ours")
     del metadata[vocabulary.TOKENIZER]
     change, reason = UNREAD[case]
-    with pytest.raises(ThriftyError, match=rf"^\[gguf\] .*{reason}.*; pass token ids"):
+    with pytest.raises(vocabulary.UnreadVocabularyError, match=rf"^\[gguf\] .*{reason}.*; pass token ids"):
         tokenizer_json({key: value for key, value in (metadata | change).items() if value is not None})
+
+
+def test_any_metadata_give_a_tokenizer_or_an_error():
+    odd = [np.uint32(0), np.uint64(2**63), np.int32(-1), np.float32("nan"), True, "", "x", "{}", [], ["a"], ["a b", ""]]
+    odd += [np.zeros(3, np.uint8), np.full(405, np.nan), (np.zeros(2, np.int8),)]
+    rng, outcomes = np.random.default_rng(0), set()
+    for kind in ("ours", "llama2"):
+        _, whole = made(kind, chat_template="x")
+        del whole[vocabulary.TOKENIZER]
+        keys = [
+            *whole,
+            "tokenizer.chat_templates",
+            "tokenizer.ggml.unknown_token_id",
+            "tokenizer.ggml.add_space_prefix",
+        ]
+        for key in keys * 10:
+            metadata = whole | {key: odd[rng.integers(len(odd))]}
+            for read in (tokenizer_json, tokenizer_config):
+                try:
+                    read(metadata)
+                    outcomes.add("read")
+                except ThriftyError:
+                    outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
 
 
 def test_pieces_without_scores_are_refused():

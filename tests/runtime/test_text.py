@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from tiny_checkpoints import byte_tokenizer, write_checkpoint
 
 from thrifty import ThriftyError
+from thrifty.checkpoint import TensorToWrite, open_folder, open_gguf, save_gguf
 from thrifty.checkpoint.chat_format import CHAT_TEMPLATE
+from thrifty.convert import to_gguf
 from thrifty.runtime import load
 from thrifty.runtime.chat_template import render_chat
 from thrifty.runtime.inference import byte_tokenizer as seed_tokenizer
@@ -176,3 +178,18 @@ def test_a_template_renders_as_transformers_does(tmp_path):
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     runtime = load(path)
     assert runtime.chat_prompt(messages)[0] == runtime.encode(expected)
+
+
+def test_a_model_with_a_vocabulary_that_is_not_read_here_takes_token_ids(tmp_path):
+    tiny = write_checkpoint(tmp_path / "model", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    to_gguf(open_folder(tiny.path), tmp_path / "whole.gguf")
+    file = open_gguf(tmp_path / "whole.gguf")
+    metadata = {key: value for key, value in file.metadata.items() if key != "tokenizer.huggingface.json"}
+    tensors = [TensorToWrite(name, b.kind, b.shape, lambda b=b: b.data) for name, b in file.tensors.items()]
+    save_gguf(tmp_path / "other.gguf", metadata | {"tokenizer.ggml.model": "bert"}, tensors)
+    runtime, whole = load(tmp_path / "other.gguf"), load(tmp_path / "whole.gguf")
+    assert runtime.tokenizer is None
+    assert runtime.generate_tokens([1, 2], max_new_tokens=5) == whole.generate_tokens([1, 2], max_new_tokens=5)
+    with pytest.raises(ThriftyError, match="vocabularies read here are gpt2 and llama; got bert; pass token ids"):
+        runtime.encode("a")
+    assert whole.encode("a") == TOKENIZER.encode("a").ids

@@ -329,7 +329,7 @@ class _Texts(Mapping[str, str]):
 
 def _ends(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """generation_config.json by the special tokens of a vocabulary."""
-    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")}
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom")}
     found = {name: int(token) for name, token in ids.items() if isinstance(token, np.integer)}
-    ends = sorted({found[name] for name in ("eos", "eot") if name in found})
+    ends = sorted({found[name] for name in ("eos", "eot", "eom") if name in found})
     return {"bos_token_id": found.get("bos"), "eos_token_id": ends or None}

@@ -55,6 +55,10 @@ _CUTS = {
 }
 
 
+class UnreadVocabularyError(ThriftyError):
+    """A file's vocabulary is of a kind that is not read here; its model takes and gives token ids."""
+
+
 def vocabulary_metadata(
     tokenizer_json: str,
     tokenizer_config: dict[str, Any],
@@ -99,10 +103,11 @@ def vocabulary_metadata(
 def tokenizer_json(metadata: dict[str, Any]) -> str | None:
     """The tokenizer.json of a GGUF file: the one it holds, or one built from its tokens and merges or scores.
 
-    None where the file has no vocabulary. Raises ThriftyError where its kind is not read here.
+    None where the file has no vocabulary. Raises UnreadVocabularyError where its kind is not read here.
     """
     if isinstance(metadata.get(TOKENIZER), str):
         return metadata[TOKENIZER]
+    _check_types(metadata)
     kind = metadata.get(f"{_KEY}model")
     if kind in (None, "no_vocab", "none"):
         return None
@@ -343,17 +348,32 @@ def _templates(template: Any) -> dict[str, Any]:
     return default | others | ({TEMPLATES: [name for name in named if name != "default"]} if others else {})
 
 
+def _check_types(metadata: dict[str, Any]) -> None:
+    """Raises UnreadVocabularyError where a value that is read has another type."""
+    types: dict[str, Any] = {
+        **dict.fromkeys(("model", "pre"), str),
+        **dict.fromkeys(("tokens", "merges"), list),
+        **dict.fromkeys(("token_type", "scores"), np.ndarray),
+        **dict.fromkeys(("add_bos_token", "add_eos_token", "add_space_prefix"), bool),
+        **{f"{name}_token_id": np.integer for name in SPECIAL},
+    }
+    for name, kind in types.items():
+        value = metadata.get(_KEY + name)
+        if value is not None and not isinstance(value, kind):
+            raise _unread(f"'{_KEY}{name}' is a {kind.__name__}; got {type(value).__name__}")
+
+
 def _tokens(metadata: dict[str, Any]) -> tuple[list[str], np.ndarray]:
     """Texts and kinds of the tokens of a file."""
-    texts = metadata.get(f"{_KEY}tokens")
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise _unread(f"'{_KEY}tokens' is a list of texts; got {type(texts).__name__}")
-    kinds = np.asarray(metadata.get(f"{_KEY}token_type", np.full(len(texts), NORMAL)))
+    texts = metadata.get(f"{_KEY}tokens") or []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise _unread(f"'{_KEY}tokens' is a list of texts; got {type(next(iter(texts), None)).__name__} in it")
+    kinds = metadata.get(f"{_KEY}token_type", np.full(len(texts), NORMAL))
     if kinds.shape != (len(texts),):
         raise _unread(f"'{_KEY}token_type' has a number for each of {len(texts)} tokens; got {kinds.size}")
     for name in SPECIAL:
-        token = metadata.get(f"{_KEY}{name}_token_id")
-        if token is not None and not 0 <= int(token) < len(texts):
+        token = metadata.get(f"{_KEY}{name}_token_id", 0)
+        if not 0 <= token < len(texts):
             raise _unread(f"'{_KEY}{name}_token_id' is one of {len(texts)} tokens; got {token}")
     return texts, kinds
 
@@ -372,8 +392,8 @@ def _cut_of(metadata: dict[str, Any], texts: list[str]) -> _Cut:
 def _byte_level_rules(metadata: dict[str, Any], cut: _Cut) -> dict[str, Any]:
     """Merges and rules of a byte-level vocabulary."""
     merges = metadata.get(f"{_KEY}merges")
-    if not isinstance(merges, list) or not all(isinstance(merge, str) and " " in merge[1:] for merge in merges):
-        raise _unread(f"'{_KEY}merges' is a list of pairs of pieces; got {type(merges).__name__}")
+    if merges is None or not all(isinstance(merge, str) and " " in merge[1:] for merge in merges):
+        raise _unread(f"'{_KEY}merges' is a list of pairs of pieces; got {'none' if merges is None else 'other texts'}")
     pairs = [(merge[: (at := merge.index(" ", 1))], merge[at + 1 :]) for merge in merges]
     step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     cuts = [
@@ -389,7 +409,7 @@ def _byte_level_rules(metadata: dict[str, Any], cut: _Cut) -> dict[str, Any]:
 
 def _sentencepiece_rules(metadata: dict[str, Any], texts: list[str], kinds: np.ndarray) -> dict[str, Any]:
     """Merges and rules of pieces with scores: any two pieces are merged whose join is one, the best score first."""
-    scores = np.asarray(metadata.get(f"{_KEY}scores", ()))
+    scores = metadata.get(f"{_KEY}scores", np.empty(0))
     if scores.shape != (len(texts),) or not np.isfinite(scores).all():
         raise _unread(f"'{_KEY}scores' has a number for each of {len(texts)} tokens; got {scores.size}")
     vocab = {text: i for i, text in enumerate(texts) if kinds[i] != UNUSED}
@@ -397,7 +417,7 @@ def _sentencepiece_rules(metadata: dict[str, Any], texts: list[str], kinds: np.n
     pairs = [
         pair for i in merged for pair in sorted(_halves(texts[i], vocab), key=lambda p: (vocab[p[0]], vocab[p[1]]))
     ]
-    prefix = bool(metadata.get(f"{_KEY}add_space_prefix", True))
+    prefix = metadata.get(f"{_KEY}add_space_prefix", True)
     mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     begin = {"type": "Prepend", "prepend": SPACE}
@@ -417,7 +437,7 @@ def _post_processor(metadata: dict[str, Any], texts: list[str], add_bos: bool) -
     named: dict[str, dict[str, Any]] = {}
     for name, default in (("bos", add_bos), ("eos", False)):
         token = metadata.get(f"{_KEY}{name}_token_id")
-        if token is not None and bool(metadata.get(f"{_KEY}add_{name}_token", default)):
+        if token is not None and metadata.get(f"{_KEY}add_{name}_token", default):
             text = texts[int(token)]
             around[name] = [{"SpecialToken": {"id": text, "type_id": 0}}]
             named[text] = {"id": text, "ids": [int(token)], "tokens": [text]}
@@ -462,5 +482,5 @@ def _refused(rule: str) -> ThriftyError:
     return ThriftyError(f"[gguf] in llama.cpp {rule}; keep the model in safetensors")
 
 
-def _unread(rule: str) -> ThriftyError:
-    return ThriftyError(f"[gguf] {rule}; pass token ids, or take tokenizer.json from the model's first home")
+def _unread(rule: str) -> UnreadVocabularyError:
+    return UnreadVocabularyError(f"[gguf] {rule}; pass token ids, or take tokenizer.json from the model's first home")

@@ -426,6 +426,7 @@ class Runtime:
 
     def _tokenizer_or_error(self) -> Tokenizer:
         if self.tokenizer is None:
+            self._folder.text("tokenizer.json")  # of a vocabulary that is not read here it says why
             raise ThriftyError(
                 f"[tokenizer] text needs a tokenizer; {self._folder.path} has no tokenizer.json; pass token ids"
             )

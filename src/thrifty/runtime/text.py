@@ -6,16 +6,21 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from thrifty.checkpoint import Folder
+from thrifty.checkpoint.gguf_vocabulary import UnreadVocabularyError
 from thrifty.errors import ThriftyError
 
 
 def read_tokenizer(folder: Folder) -> Tokenizer | None:
-    """The tokenizer.json of a folder; None where there is none.
+    """The tokenizer.json of a folder; None where there is none, or a vocabulary of a kind that is not read here.
 
     Raises ThriftyError where it is malformed or has tokens that the embedding lacks. An embedding with more rows than
     the tokenizer has tokens is common (padding) and fine.
     """
-    path, text, vocab_size = folder.path / "tokenizer.json", folder.text("tokenizer.json"), folder.config.vocab_size
+    path, vocab_size = folder.path / "tokenizer.json", folder.config.vocab_size
+    try:
+        text = folder.text("tokenizer.json")
+    except UnreadVocabularyError:
+        return None
     if text is None:
         return None
     try:
