@@ -59,7 +59,7 @@ def test_a_truncated_file_is_refused(folder):
     ("record", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method must be 'bitnet'; got 'gptq'"),
-        ({"quant_method": "bitnet"}, "linear_class must be 'autobitlinear'"),
+        ({"quant_method": "bitnet", "linear_class": "other"}, "linear_class must be 'bitlinear' or 'autobitlinear'"),
     ],
 )
 def test_other_records_of_quantisation_are_refused(folder, record, message):

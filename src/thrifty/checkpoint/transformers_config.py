@@ -46,7 +46,7 @@ def transformers_config(config: DecoderConfig, fields: Mapping[str, Any]) -> dic
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": fields.get("rope_parameters") or {"rope_type": "default", "rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_word_embeddings,
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,

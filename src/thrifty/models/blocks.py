@@ -27,6 +27,8 @@ def _attention(config: ThriftyConfig, layer_idx: int) -> nn.Module:
         config.num_attention_heads,
         config.num_key_value_heads,
         config.head_dim,
+        out_bias=config.attention_bias and config.attention_out_bias,
+        qk_norm=config.attention_qk_norm,
         dropout=config.attention_dropout,
         **_mixer(config, layer_idx),
     )

@@ -2,11 +2,12 @@
 
 import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -14,6 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from thrifty.checkpoint import SEED_NAMES, SEED_SSD_A, atomic_files
+from thrifty.checkpoint.families import FAMILIES
+from thrifty.checkpoint.folder import reciprocal
 from thrifty.errors import ThriftyError
 from thrifty.nn import SSD, BitLinear, is_packed, pack, unpack
 from thrifty.nn.packing import StoredBitLinear
@@ -69,10 +72,11 @@ class CheckpointedModel(PreTrainedModel):
         """
         config, kwargs = cls._read_config(pretrained_model_name_or_path, kwargs)
         # transformers would hand every linear layer to its own classes; ours read this record themselves.
-        stored = _is_offline(config.__dict__.pop("quantization_config", None), pretrained_model_name_or_path)
+        packed = _storage(config.__dict__.pop("quantization_config", None), pretrained_model_name_or_path)
+        stored = packed is not None
         with_info = kwargs.pop("output_loading_info", False)
         options = {"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True, "config": config}
-        options["key_mapping"] = {**SEED_NAMES, **(kwargs.get("key_mapping") or {})}
+        options["key_mapping"] = {**SEED_NAMES, **FAMILIES["1bitLLM"].names, **(kwargs.get("key_mapping") or {})}
         if stored:
             # transformers' own loader needs config.json to name the dtype of the stored tensors.
             options = {"dtype": torch.float32, **options, "stored": True}
@@ -85,8 +89,8 @@ class CheckpointedModel(PreTrainedModel):
         model, info = loaded
         _check(info, pretrained_model_name_or_path, kwargs.get("ignore_mismatched_sizes", False), cls.new_keys)
         _settle_seed_names(model)
-        if stored:
-            _replace(model, StoredBitLinear, StoredBitLinear.to_packed)
+        if packed is not None:
+            _replace(model, StoredBitLinear, packed)
         if unpack:
             model = _unpack(model)
         return (model, info) if with_info else model  # pyright: ignore[reportReturnType]
@@ -154,21 +158,40 @@ def _replace(model: nn.Module, kind: type, make: Any) -> None:
             model.set_submodule(name, make(module))
 
 
-def _is_offline(record: Any, path: str | os.PathLike) -> bool:
-    """Whether a quantization_config announces packed weights. Raises ThriftyError for one that is not read here."""
+def _storage(record: Any, path: str | os.PathLike) -> Callable[[StoredBitLinear], nn.Module] | None:
+    """What makes a packed layer of the stored one that a quantization_config announces; None for latent weights.
+
+    Raises ThriftyError for a record that is not read here.
+    """
     if record is None:
-        return False
+        return None
     record = record if isinstance(record, dict) else record.to_dict()
     if record.get("quant_method") != "bitnet":
         raise ThriftyError(f"[load] quant_method must be 'bitnet'; got '{record.get('quant_method')}' in {path}")
-    if record.get("quantization_mode", "offline") == "online":
-        return False
-    if record.get("linear_class", "bitlinear") != "autobitlinear":
+    linear_class, mode = record.get("linear_class", "bitlinear"), record.get("quantization_mode", "offline")
+    if linear_class not in ("bitlinear", "autobitlinear"):
         raise ThriftyError(
-            f"[load] linear_class must be 'autobitlinear', whose scale multiplies; got "
-            f"'{record.get('linear_class', 'bitlinear')}' in {path}; convert it first"
+            f"[load] linear_class must be 'bitlinear' or 'autobitlinear'; got '{linear_class}' in {path}"
         )
-    return True
+    if linear_class == "bitlinear":
+        return _divided
+    if mode == "online":
+        return None
+    return _with_scaled_bias if record.get("bias_scaled") else StoredBitLinear.to_packed
+
+
+def _divided(stored: StoredBitLinear) -> nn.Module:
+    """The layer of transformers' BitLinear, whose scale divides."""
+    with np.errstate(divide="ignore"):
+        stored.weight_scale.fill_(float(reciprocal(np.float32(stored.weight_scale.item()))))
+    return stored.to_packed()
+
+
+def _with_scaled_bias(stored: StoredBitLinear) -> nn.Module:
+    """The layer of transformers' AutoBitLinear, which scales its bias as it scales its product."""
+    if stored.bias is not None:
+        stored.bias = stored.bias * stored.weight_scale
+    return stored.to_packed()
 
 
 def _check(info: dict, path: str | os.PathLike, ignore_mismatched: bool, new: tuple[str, ...]) -> None:

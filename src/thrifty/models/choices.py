@@ -1,13 +1,16 @@
 """What each field of a configuration can be, and the names that other generations have for it."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thrifty.checkpoint.config import config_of
 from thrifty.errors import ThriftyError
 from thrifty.nn.attention import check_heads
 from thrifty.nn.dynamic_mask_attention import DT_HEADS, SELECTIONS, kept_keys
 from thrifty.nn.experts import ROUTER_LAYOUTS, ROUTERS, check_experts
 from thrifty.nn.linear import LINEARS
 from thrifty.ops import ACTIVATIONS
+from thrifty.spec import RopeScaling
 
 if TYPE_CHECKING:
     from thrifty.models.configuration import ThriftyConfig
@@ -32,7 +35,13 @@ MIXTURE_FIELDS = {
     *("sliding_window", "dynamic_mask_selection", "keep_window_size", "dynamic_mask_ratio", "dt_heads", "qk_norm"),
     *("num_experts", "num_experts_per_tok", "num_experts_heads", "expert_retrieval_size", "router", "router_layout"),
     *("norm_topk_prob", "output_router_logits", "router_aux_loss_coef", "ssd_chunk_size", "ssd_rotary"),
+    *("attention_out_bias", "attention_qk_norm"),
 }
+#: What config.json of other families leaves unsaid, or says by other names.
+_CHOICES_READ = (
+    *("norm_placement", "attention_bias", "attention_out_bias", "attention_qk_norm", "mlp_bias", "hidden_act"),
+    *("rms_norm_eps", "num_key_value_heads", "head_dim", "tie_word_embeddings", "max_position_embeddings"),
+)
 #: The seed's names of fields, and what they are called here.
 SEED_FIELDS = {
     "hidden_bias": ("attention_bias", "mlp_bias"),
@@ -59,8 +68,8 @@ def check_config(config: "ThriftyConfig") -> None:
     _check_mixers(config, name)
     check_heads(config.hidden_size, config.num_attention_heads, config.num_key_value_heads or 0, config.head_dim)
     kind = (config.rope_parameters or {}).get("rope_type", "default")
-    if kind != "default":
-        raise ThriftyError(f"[{name}] rope_type must be 'default'; got '{kind}'")
+    if kind not in ("default", "llama3"):
+        raise ThriftyError(f"[{name}] rope_type must be 'default' or 'llama3'; got '{kind}'")
     if "dynamic_mask" in config.mixers:
         kept_keys(
             config.dynamic_mask_selection,
@@ -75,6 +84,32 @@ def check_config(config: "ThriftyConfig") -> None:
         )
     if config.feed_forward == "cdmoe":
         _check_experts(config, name)
+
+
+def choices_of(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a folder of Llama, Mistral or Qwen, with the choices that their model type stands for.
+
+    Raises ThriftyError for what the decoder has not.
+    """
+    config = config_of(path / "config.json", fields)
+    if config.linear_norm_eps is not None:
+        raise ThriftyError(f"[load] norms in front of every linear run in thrifty.runtime alone; {path} has them")
+    return {
+        **fields,
+        "linear": fields.get("linear", config.linear),
+        "token_mixers": ["attention"],
+        "sliding_window": None,
+        **{name: getattr(config, name) for name in _CHOICES_READ},
+    }
+
+
+def rope_scaling(config: "ThriftyConfig") -> RopeScaling | None:
+    """How rotary frequencies are scaled."""
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type", "default") == "default":
+        return None
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return RopeScaling(*(rope[name] for name in names))
 
 
 def pattern(layers: int, period: int | None, offset: int | None) -> list[str]:

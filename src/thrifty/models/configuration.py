@@ -1,12 +1,13 @@
 """Configurations of the decoder: the only home of its defaults."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from thrifty.errors import ThriftyError
-from thrifty.models.choices import MIXTURE_FIELDS, SEED_FIELDS, check_config, pattern
+from thrifty.models.choices import MIXTURE_FIELDS, SEED_FIELDS, check_config, choices_of, pattern
 
 logger = logging.get_logger(__name__)
 
@@ -19,7 +20,9 @@ class ThriftyConfig(PreTrainedConfig):
     linear: "ternary", "binary" or "dense" projections; embedding, head, routers and `dt_proj` are always dense.
     norm_placement: "sub_ln" (BitNet: also before `o_proj`, and `down_proj` but in cdmoe) or "pre". residual: "plain" or
     "scaled" (Doge: a learned factor per channel on the path around a block). rope_theta and rope_parameters are both
-    read; only the default kind of rope is known.
+    read; rope types are "default" and "llama3". Of attention: attention_out_bias says whether `o_proj` has a bias where
+    attention_bias gives q, k and v one (not in Qwen2); attention_qk_norm puts an RMSNorm on each head of q and k (as in
+    Qwen3).
 
     Dynamic mask: dynamic_mask_selection "keep_window" keeps the `keep_window_size` best keys, "ratio" keeps
     int(dynamic_mask_ratio * max_position_embeddings), "none" keeps all; "ratio_legacy" is the seed's threshold over all
@@ -29,8 +32,10 @@ class ThriftyConfig(PreTrainedConfig):
     features); router_layout "per_token", or "legacy", which mixes tokens as transformers' Doge does.
     SSD: ssd_chunk_size tokens at once; ssd_rotary turns B and C by their positions.
 
-    A folder is saved with model_type "bitnet" or "doge" where plain transformers computes the same from it, else with
-    one of this package. Raises ThriftyError for a choice that does not exist and for sizes that do not fit.
+    Folders of Llama, Mistral, Qwen2 and Qwen3 are read too: dense, or ternary where they are quantised or where
+    linear="ternary" is given. A folder is saved with model_type "bitnet", "llama", "qwen2", "qwen3" or "doge" where
+    plain transformers computes the same from it, else with one of this package. Raises ThriftyError for a choice that
+    does not exist and for sizes that do not fit.
     """
 
     model_type = "thrifty"
@@ -54,6 +59,8 @@ class ThriftyConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
     attention_bias: bool = False
+    attention_out_bias: bool = True
+    attention_qk_norm: bool = False
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     mlp_bias: bool = False
@@ -117,19 +124,26 @@ class ThriftyConfig(PreTrainedConfig):
         return mixer in ("attention", "dynamic_mask") or (mixer == "ssd" and self.ssd_rotary)
 
     @property
-    def is_plain_bitnet(self) -> bool:
-        """Whether transformers' own BitNet computes the same from the packed folder."""
+    def plain_type(self) -> str | None:
+        """The model type of transformers that computes the same from the folder (packed, where linears are ternary)."""
+        if self.is_plain_doge:
+            return "doge"
         head_dim = self.head_dim or 0
-        widths = (self.hidden_size, self.intermediate_size, (self.num_key_value_heads or 0) * head_dim)
-        return (
-            self.mixers == {"attention"}
-            and (self.feed_forward, self.linear, self.norm_placement) == ("glu", "ternary", "sub_ln")
-            and (self.residual, self.hidden_dropout) == ("plain", 0)
-            and not (self.attention_bias or self.mlp_bias)
-            and self.num_attention_heads * head_dim == self.hidden_size
-            # transformers' layer takes four rows to a byte and has no padding.
-            and all(width % 4 == 0 for width in widths)
-        )
+        q, kv = self.num_attention_heads * head_dim, (self.num_key_value_heads or 0) * head_dim
+        biased = self.attention_bias or self.mlp_bias
+        # Of packed layers, transformers' have four rows to a byte and no padding, and scale a bias with the product.
+        packs = not biased and all(width % 4 == 0 for width in (self.hidden_size, self.intermediate_size, q, kv))
+        usual = self.mixers == {"attention"} and self.feed_forward == "glu"
+        plain = usual and (self.residual, self.hidden_dropout) == ("plain", 0)
+        if not plain or not (self.linear == "dense" or (self.linear == "ternary" and packs)):
+            return None
+        if self.norm_placement == "sub_ln":
+            fits = self.linear == "ternary" and q == self.hidden_size and not self.attention_qk_norm
+            return "bitnet" if fits else None
+        whole = self.attention_out_bias or not self.attention_bias
+        kind = "qwen3" if self.attention_qk_norm else "llama" if whole else "qwen2"
+        # Of the three only Llama has the others' biases.
+        return kind if kind == "llama" or (not self.mlp_bias and whole == (kind == "qwen3")) else None
 
     @property
     def is_plain_doge(self) -> bool:
@@ -146,13 +160,18 @@ class ThriftyConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         found = fields.get("model_type", cls.model_type)
-        if found not in FAMILIES:
+        if found not in FAMILIES and found not in OTHERS:
             raise ThriftyError(
-                f"[{cls.__name__}] reads model_type {', '.join(FAMILIES)}; got '{found}' in "
+                f"[{cls.__name__}] reads model_type {', '.join((*FAMILIES, *OTHERS))}; got '{found}' in "
                 f"{pretrained_model_name_or_path}; load it with transformers"
             )
-        family = FAMILIES[found]
+        family = FAMILIES.get(found, ThriftyConfig)
         fields = family.read_folder(fields)
+        if found in OTHERS:
+            fields = choices_of(Path(pretrained_model_name_or_path), fields)
+        if found in _PLAIN and fields.get("quantization_config"):
+            # transformers' AutoBitLinear multiplies biases by the scale of the weight.
+            fields["quantization_config"] = {**fields["quantization_config"], "bias_scaled": True}
         if family is not cls:
             # Fields left out have the defaults of the family that wrote the folder.
             written = {name: value for name, value in fields.items() if name != "model_type"}
@@ -167,9 +186,7 @@ class ThriftyConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
-        kind = "bitnet" if self.is_plain_bitnet else "doge" if self.is_plain_doge else self.model_type
-        if kind in _PLAIN and not (self.is_plain_bitnet or self.is_plain_doge):
-            kind = "thrifty"
+        kind = self.plain_type or ("thrifty" if self.model_type in _PLAIN else self.model_type)
         fields["model_type"] = kind
         if fields.get("architectures"):
             fields["architectures"] = [_FAMILY_NAMES[kind] + _without_family(name) for name in fields["architectures"]]
@@ -294,16 +311,27 @@ class MatMulFreeConfig(ThriftyConfig):
 FAMILIES: dict[str, type[ThriftyConfig]] = {
     family.model_type: family for family in (ThriftyConfig, BitNetConfig, DogeConfig, CheemsConfig, MatMulFreeConfig)
 }
+#: Model types of transformers that are read as they are.
+OTHERS = ("llama", "mistral", "qwen2", "qwen3")
 _FAMILY_NAMES = {
     "thrifty": "Thrifty",
     "bitnet": "BitNet",
     "doge": "Doge",
     "cheems": "Cheems",
     "matmulfree": "MatMulFree",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
 }
-#: Model types of transformers, with the fields beside the common ones that its config has.
+#: Model types of transformers, with the fields beside the common ones that its config has; `linear` says of those that
+#: may be dense what a config alone, without tensors, would leave open.
 _PLAIN = {
     "bitnet": set(),
+    "llama": {"mlp_bias", "linear"},
+    "mistral": {"linear"},
+    "qwen2": {"linear"},
+    "qwen3": {"linear"},
     "doge": {
         *("hidden_dropout", "mlp_bias", "keep_window_size", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
         *("output_router_logits", "router_aux_loss_coef", "sliding_window"),

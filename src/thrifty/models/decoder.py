@@ -17,6 +17,7 @@ from thrifty.errors import ThriftyError
 from thrifty.models.blocks import FEED_FORWARDS, MIXERS
 from thrifty.models.caches import Generation, fitting_cache
 from thrifty.models.checkpoints import CheckpointedModel
+from thrifty.models.choices import rope_scaling
 from thrifty.models.configuration import ThriftyConfig
 from thrifty.nn import SSD, BitLinear, CDMoE, DynamicMaskAttention, RMSNorm, RotaryEmbedding
 from thrifty.nn.experts import load_balance_loss
@@ -116,7 +117,8 @@ class ThriftyModel(ThriftyPreTrainedModel):
         self.rotary_emb = None
         if config.has_positions:
             theta = (config.rope_parameters or {})["rope_theta"]
-            self.rotary_emb = RotaryEmbedding(int(config.head_dim or 0), config.max_position_embeddings, theta)
+            sizes = int(config.head_dim or 0), config.max_position_embeddings
+            self.rotary_emb = RotaryEmbedding(*sizes, theta, rope_scaling(config))
         self.gradient_checkpointing = False
         self._compiled = False
         self.finish(stored)

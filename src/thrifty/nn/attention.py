@@ -12,7 +12,8 @@ class BitAttention(nn.Module):
     """y = o(norm(softmax(q k^T / sqrt(head_dim)) v)), causal, q, k, v, o low-bit projections (arXiv 2402.17764).
 
     x: [B, T, dim] -> [B, T, dim]. Query head h reads kv head h // (heads / kv_heads). sub_norm puts an RMSNorm with
-    gain (BitNet's `attn_sub_norm`) before `o`. weight, norm: as for `BitFeedForward`.
+    gain (BitNet's `attn_sub_norm`) before `o`, qk_norm one on each head of q and k (Qwen3's `q_norm`, `k_norm`).
+    out_bias: whether `o` has a bias, by default as the others. weight, norm: as for `BitFeedForward`.
 
     forward(x, rotary, mask, past_key_values): rotary is the pair (cos, sin) of the tokens' positions, from
     `RotaryEmbedding`, or None for no positions; mask is [B, 1, T, S], boolean or additive, needed for padding, or for
@@ -28,6 +29,8 @@ class BitAttention(nn.Module):
         head_dim: int | None = None,
         *,
         bias: bool = False,
+        out_bias: bool | None = None,
+        qk_norm: bool = False,
         dropout: float = 0.0,
         sub_norm: bool = False,
         weight: Linear = "ternary",
@@ -45,8 +48,11 @@ class BitAttention(nn.Module):
         self.q_proj = make_linear(weight, dim, heads * self.head_dim, bias, norm)
         self.k_proj = make_linear(weight, dim, kv_heads * self.head_dim, bias, norm)
         self.v_proj = make_linear(weight, dim, kv_heads * self.head_dim, bias, norm)
+        self.q_norm = RMSNorm(self.head_dim, eps) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps) if qk_norm else None
         self.attn_sub_norm = RMSNorm(heads * self.head_dim, eps) if sub_norm else None
-        self.o_proj = make_linear(weight, heads * self.head_dim, dim, bias, norm)
+        out_bias = bias if out_bias is None else out_bias
+        self.o_proj = make_linear(weight, heads * self.head_dim, dim, out_bias, norm)
 
     def forward(
         self,
@@ -57,6 +63,8 @@ class BitAttention(nn.Module):
     ) -> Tensor:
         shape = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = (project(x).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))  # [B, T, h, d]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = ops.apply_rope(q, *rotary), ops.apply_rope(k, *rotary)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, h, T, d]
