@@ -115,12 +115,7 @@ def load(engine: Engine, folder: Path, threads: int, **options: Any) -> tuple[Wo
     """A process with the model loaded, and what the load says."""
     worker = Worker(engine.name, engine.command, {"OMP_NUM_THREADS": str(threads)})
     model = folder / engine.model
-    if engine.model.endswith(".gguf"):
-        with model.open("rb") as stream:
-            while stream.read(1 << 24):
-                pass
-    else:
-        warm(model)
+    warm(model)
     if engine.name == "thrifty":
         return worker, worker("load", path=str(model), n_threads=threads, **{"max_context": ROOM, **OPTIONS, **options})
     return worker, worker("load", path=str(model), context=ROOM, threads=threads)

@@ -33,7 +33,9 @@ CONTEXTS, PROMPTS = (64, 1024, 4096), (128, 512)
 
 @takes_options(ModelOptions)
 def main(
-    model: Annotated[Path | None, typer.Argument(help="Folder of a model; without one, --shape makes one up.")] = None,
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder, .gguf file or hub id; without one, --shape makes one up.")
+    ] = None,
     shape: Annotated[
         str, typer.Option(help="Shape of the random model where no MODEL is given: demo, small, or 2b (a gigabyte).")
     ] = "small",
@@ -100,9 +102,9 @@ def _numbers(option: str, text: str) -> list[int]:
 
 def _that_fit(folder: Path, contexts: list[int] | None, prompts: list[int] | None) -> tuple[list[int], list[int]]:
     """Contexts and prompts to measure. Raises ThriftyError where one that was asked for exceeds the model's."""
-    from thrifty.checkpoint import open_folder
+    from thrifty.checkpoint import open_model
 
-    limit = open_folder(folder).config.max_position_embeddings
+    limit = open_model(folder).config.max_position_embeddings
     for name, numbers in (("--context", contexts), ("--prompt", prompts)):
         if numbers and numbers[-1] > limit:
             raise ThriftyError(f"[bench] {name} may be at most {limit}, the model's context; got {numbers[-1]}")

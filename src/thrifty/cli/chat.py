@@ -19,7 +19,7 @@ _HELP = "/reset forgets the conversation · /quit ends it · Ctrl-C stops an ans
 
 @takes_options(GenerationOptions)
 def main(
-    model: Annotated[Path, typer.Argument(help="Folder of a packed model, or of a trained one.", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="Folder, .gguf file or hub id of a model.", show_default=False)],
     system: Annotated[str | None, typer.Option(help="First message, which sets the tone.")] = None,
     *,
     options: GenerationOptions,

@@ -23,7 +23,7 @@ The others are compared with the first row. A token is scored once, with at leas
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="Folder of a packed model, or of a trained one.", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="Folder, .gguf file or hub id of a model.", show_default=False)],
     text: Annotated[
         Path | None, typer.Argument(help="UTF-8 file; by default the held-out part of the built-in text.")
     ] = None,

@@ -21,7 +21,7 @@ cat letter.txt | thrifty generate runs/notes-packed -
 
 @takes_options(GenerationOptions)
 def main(
-    model: Annotated[Path, typer.Argument(help="Folder of a packed model, or of a trained one.", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="Folder, .gguf file or hub id of a model.", show_default=False)],
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")] = "",
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,

@@ -14,7 +14,7 @@ from thrifty.nn.replacements import Layer, Replacements, nbytes
 
 
 def use_native_kernels(model: nn.Module) -> Replacements:
-    """Every `BitLinear` and `AutoBitLinear` of transformers becomes a `NativeBitLinear`, in place: same outputs, sooner.
+    """Every `BitLinear` and `AutoBitLinear` of transformers becomes a `NativeBitLinear`, in place, of the same outputs.
 
     transformers unpacks a BitNet checkpoint at every forward (`linear_class` "bitlinear"), or once into floats
     ("autobitlinear"). The native layers hold two bits a weight and multiply integers, on the CPU. Each weight is freed

@@ -243,9 +243,9 @@ def append_random(decoder: Any, cache: Any, count: int, rng: np.random.Generator
         cache.tokens.extend([0] * rows)
 
 
-def warm(folder: Path) -> None:
-    """Read the tensors of a folder once, so that the page cache holds them."""
-    for file in sorted(folder.glob("*.safetensors")):
+def warm(model: Path) -> None:
+    """Read the tensors of a folder or a GGUF file once, so that the page cache holds them."""
+    for file in [model] if model.is_file() else sorted(model.glob("*.safetensors")):
         with file.open("rb") as stream:
             while stream.read(1 << 24):
                 pass
