@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
+
+from thrifty.runtime import load
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -39,6 +42,7 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
     "normed-divides": {"linear_class": "bitlinear", "use_rms_norm": True, "rms_norm_eps": 1e-4},
     "normed-latent": {"linear_class": "autobitlinear", "quantization_mode": "online", "use_rms_norm": True},
 }
+TOKENS = np.random.default_rng(0).integers(0, 300, 100).tolist()
 
 
 @contextmanager
@@ -62,15 +66,17 @@ def transformers_model(folder: Path) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def write_folder(folder: Path, family: str, convention: str | None, dtype: torch.dtype = torch.float32) -> None:
+def write_folder(
+    folder: Path, family: str, convention: str | None, dtype: torch.dtype = torch.float32, **sizes: int
+) -> None:
     """A folder as transformers' own classes have it, with random codes, scales, biases and gains.
 
-    convention: a key of `CONVENTIONS`; None for dense linears.
+    convention: a key of `CONVENTIONS`; None for dense linears. sizes: go over those of config.json.
     """
     bitnet: Any = importlib.import_module("transformers.integrations.bitnet")
     torch.manual_seed(0)
     name, fields = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**(SIZES | fields))
+    config = getattr(transformers, f"{name}Config")(**(SIZES | fields | sizes))
     model: Any = getattr(transformers, f"{name}ForCausalLM")(config)
     latent: dict[str, Any] = {
         key: module.weight for key, module in model.named_modules() if isinstance(module, torch.nn.Linear)
@@ -103,3 +109,22 @@ def write_folder(folder: Path, family: str, convention: str | None, dtype: torch
             tensors[key] = latent.get(linear, tensor).detach().to(dtype).contiguous()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config.to_dict() | written))
+
+
+def check_parity(folder: Path) -> None:
+    """Logits of 100 positions within 1e-3 of their range, and the best token the same wherever it is clear.
+
+    transformers adds RMSNorm's squares in another order, so that a code at a tie may differ by one, and other codes
+    after it.
+    """
+    with torch.no_grad():
+        theirs = transformers_model(folder)(torch.tensor([TOKENS])).logits[0].float().numpy()
+    ours, span = load(folder).logits(TOKENS), np.ptp(theirs)
+    apart = np.abs(ours - theirs).max(-1) / span
+    assert apart.max() < 1e-3
+    # Some position comes before the first code that moved.
+    assert apart.min() < 1e-6
+    best = np.sort(theirs, -1)
+    clear = best[:, -1] - best[:, -2] > 1e-3 * span
+    assert clear.mean() > 0.8
+    np.testing.assert_array_equal(ours.argmax(-1)[clear], theirs.argmax(-1)[clear])

@@ -1,8 +1,6 @@
 """From one form of files to another and back: the same codes and scales, and logits as transformers has them."""
 
-import importlib
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_checkpoints import PACKED, write_checkpoint
-from transformers.utils import logging
+from transformers_folders import eager_bitnet, transformers_model
 
 from thrifty import ThriftyError
 from thrifty.checkpoint import Tensor, open_folder, open_safetensors, save_safetensors
@@ -30,18 +28,10 @@ SOURCES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    """Plain transformers, whose decorators compile nothing, without progress bars."""
-    import torch._dynamo
-
-    torch._dynamo.config.disable = True
-    logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch, on importing its compiler
-        importlib.import_module("transformers.integrations.bitnet")
-    yield importlib.import_module("transformers")
-    torch._dynamo.config.disable = False
+@pytest.fixture(scope="module", autouse=True)
+def eager():
+    with eager_bitnet():
+        yield
 
 
 def source(path: Path, name: str) -> Path:
@@ -54,10 +44,9 @@ def source(path: Path, name: str) -> Path:
     return write_checkpoint(path, **fields).path
 
 
-def their_logits(transformers: Any, folder: Path) -> np.ndarray:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+def their_logits(folder: Path) -> np.ndarray:
     with torch.no_grad():
-        return model(torch.tensor([TOKENS])).logits[0].float().numpy()
+        return transformers_model(folder)(torch.tensor([TOKENS])).logits[0].float().numpy()
 
 
 def assert_parity(got: np.ndarray, expected: np.ndarray) -> None:
@@ -71,7 +60,7 @@ def assert_parity(got: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("linear_class", ["autobitlinear", "bitlinear"])
 @pytest.mark.parametrize("name", SOURCES)
-def test_plain_transformers_computes_what_the_runtime_does(transformers, tmp_path, name, linear_class):
+def test_plain_transformers_computes_what_the_runtime_does(tmp_path, name, linear_class):
     path = source(tmp_path / "source", name)
     # In float32: asked for another dtype, its loader widens the codes alone and leaves the rest as it is stored.
     to_transformers(open_folder(path), tmp_path / "output", linear_class, "F32")
@@ -79,14 +68,14 @@ def test_plain_transformers_computes_what_the_runtime_does(transformers, tmp_pat
     assert config["model_type"] == SOURCES[name][1]
     expected = load(path).logits(TOKENS)
     np.testing.assert_array_equal(load(tmp_path / "output").logits(TOKENS), expected)
-    assert_parity(their_logits(transformers, tmp_path / "output"), expected)
+    assert_parity(their_logits(tmp_path / "output"), expected)
 
 
-def test_latent_weights_are_quantised_as_transformers_does_it(transformers, tmp_path):
+def test_latent_weights_are_quantised_as_transformers_does_it(tmp_path):
     path = source(tmp_path / "source", "latent of transformers")
     tensors = open_safetensors(path / "model.safetensors")
     save_safetensors(path / "model.safetensors", {name: Tensor.of(t.float32()) for name, t in tensors.items()})
-    assert_parity(load(path).logits(TOKENS), their_logits(transformers, path))
+    assert_parity(load(path).logits(TOKENS), their_logits(path))
     rounded = source(tmp_path / "rounded", "latent")
     assert not np.array_equal(load(path).logits(TOKENS), load(rounded).logits(TOKENS))
 
@@ -104,7 +93,7 @@ def test_the_way_there_and_back_changes_no_bit(tmp_path, name):
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (path / "tokenizer.json").read_bytes()
 
 
-def test_names_of_1bitllm_become_those_of_transformers(transformers, tmp_path):
+def test_names_of_1bitllm_become_those_of_transformers(tmp_path):
     path = write_checkpoint(tmp_path / "source", latent=True, hidden_act="silu", rope_theta=10_000.0).path
     tensors = {
         name.replace("attn_sub_norm", "inner_attn_ln").replace("ffn_sub_norm", "ffn_layernorm"): tensor
@@ -116,7 +105,7 @@ def test_names_of_1bitllm_become_those_of_transformers(transformers, tmp_path):
     del config["quantization_config"]
     (path / "config.json").write_text(json.dumps(config | {"model_type": "llama", "weight_bits": 1, "input_bits": 8}))
     to_transformers(open_folder(path), tmp_path / "output", dtype="F32")
-    assert_parity(their_logits(transformers, tmp_path / "output"), load(path).logits(TOKENS))
+    assert_parity(their_logits(tmp_path / "output"), load(path).logits(TOKENS))
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.0123, 3.1e-5, 1.7])

@@ -11,34 +11,13 @@ from thrifty.runtime import load
 torch = pytest.importorskip("torch", exc_type=ImportError)
 pytest.importorskip("transformers", exc_type=ImportError)
 
-from transformers_folders import CONVENTIONS, FAMILIES, eager_bitnet, transformers_model, write_folder  # noqa: E402
-
-TOKENS = np.random.default_rng(0).integers(0, 300, 100).tolist()
+from transformers_folders import CONVENTIONS, FAMILIES, TOKENS, check_parity, eager_bitnet, write_folder  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
 def eager():
     with eager_bitnet():
         yield
-
-
-def check_parity(folder) -> None:
-    """Logits of 100 positions within 1e-3 of their range, and the best token the same wherever it is clear.
-
-    transformers adds RMSNorm's squares in another order, so that a code at a tie may differ by one, and other codes
-    after it.
-    """
-    with torch.no_grad():
-        theirs = transformers_model(folder)(torch.tensor([TOKENS])).logits[0].float().numpy()
-    ours, span = load(folder).logits(TOKENS), np.ptp(theirs)
-    apart = np.abs(ours - theirs).max(-1) / span
-    assert apart.max() < 1e-3
-    # Some position comes before the first code that moved.
-    assert apart.min() < 1e-6
-    best = np.sort(theirs, -1)
-    clear = best[:, -1] - best[:, -2] > 1e-3 * span
-    assert clear.mean() > 0.8
-    np.testing.assert_array_equal(ours.argmax(-1)[clear], theirs.argmax(-1)[clear])
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
