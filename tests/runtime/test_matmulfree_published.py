@@ -8,6 +8,7 @@ import pytest
 
 from thrifty import ThriftyError, native
 from thrifty.checkpoint import Tensor, open_folder, save_safetensors
+from thrifty.convert import to_transformers
 from thrifty.native import _library
 from thrifty.runtime import load
 
@@ -131,6 +132,20 @@ def test_gate_and_up_have_one_scale(tmp_path):
     whole = arrays["model.layers.0.mlp.gate_proj.weight"]
     assert scale[0] == scale[1] == pytest.approx(np.abs(whole).mean(), rel=1e-6)
     np.testing.assert_array_equal(np.concatenate(codes), np.clip(np.rint(whole / scale[0]), -1, 1))
+
+
+@pytest.mark.parametrize("shape", [(), (2 * INNER,), (INNER, D), (2 * INNER, D + 1)])
+def test_a_fused_projection_of_another_shape_is_refused(tmp_path, shape):
+    arrays = weights() | {"model.layers.1.mlp.gate_proj.weight": np.zeros(shape, np.float32)}
+    with pytest.raises(ThriftyError, match=r"layers.1.mlp.(gate|up)_proj"):
+        open_folder(write(tmp_path / "model", arrays))
+
+
+@pytest.mark.parametrize("to", ["autobitlinear", "bitlinear"])
+def test_its_packed_copy_gives_the_same_logits(tmp_path, to):
+    folder = write(tmp_path / "model", weights())
+    to_transformers(open_folder(folder), tmp_path / "packed", to)
+    np.testing.assert_array_equal(load(tmp_path / "packed").logits(TOKENS), load(folder).logits(TOKENS))
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def _split_gate_up(tensors: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
         up = name.replace(".gate_proj.", ".up_proj.")
         if up in tensors or name == up:
             continue
-        if name.endswith(".gate_proj.weight") and tensor.data.shape[0] == 2 * rows:
+        if name.endswith(".gate_proj.weight") and tensor.shape[:1] == (2 * rows,):
             split |= {name: Tensor(tensor.dtype, tensor.data[:rows]), up: Tensor(tensor.dtype, tensor.data[rows:])}
         elif name.endswith(".rms_norm.weight"):
             split[up] = tensor

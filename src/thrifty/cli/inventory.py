@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from thrifty.checkpoint import DecoderConfig, Tensor
+from thrifty.checkpoint.families import our_name
 from thrifty.checkpoint.gguf import Block
+from thrifty.checkpoint.names import GATE_BOUNDS
 from thrifty.errors import ThriftyError
 from thrifty.spec import GGUF_TERNARY, ROW_BLOCK
 
@@ -52,7 +54,9 @@ def folder_entries(path: Path, tensors: Mapping[str, Tensor], config: DecoderCon
             zeros = _of_bytes(path, name, tensor.data) if packed else None
             yield Entry(name, tensor.dtype, tensor.data.nbytes, weights, low_bit, zeros)
             continue
-        part = part_of(name, len(tensor.shape), "dense linears" if dense else low_bit)
+        ours = name if config is None else our_name(config.family, name) or name
+        part = part_of(ours, len(tensor.shape), "dense linears" if dense else low_bit)
+        part = "others" if ours == GATE_BOUNDS else part
         zeros = _of_latent(tensor) if latent and part == low_bit else None
         yield Entry(name, tensor.dtype, tensor.data.nbytes, tensor.data.size, part, zeros)
 
