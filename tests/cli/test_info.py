@@ -257,6 +257,23 @@ def test_what_is_no_model_is_named(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_damaged_keras_file_is_shown_or_refused(tmp_path, capsys, packed):
+    pytest.importorskip("h5py")
+    write_keras(tmp_path / "net.keras", packed)
+    whole, rng = (tmp_path / "net.keras").read_bytes(), np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(60):
+        data = np.frombuffer(whole, np.uint8).copy()
+        data[rng.integers(0, len(data), 3)] = rng.integers(0, 256, 3)
+        (tmp_path / "net.keras").write_bytes(
+            data[: rng.integers(1, len(data)) if rng.random() < 0.2 else None].tobytes()
+        )
+        outcomes.add(main(["info", str(tmp_path / "net.keras"), "--json"]))
+    assert outcomes <= {0, 2}
+    assert 2 in outcomes
+
+
 def test_damage_is_one_sentence(tmp_path, capsys, folder):
     codes = np.zeros((4, 256), np.int8)
     whole = write_gguf(tmp_path / "model.gguf", {"blk.0.ffn_up.weight": codes}).read_bytes()

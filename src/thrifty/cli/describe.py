@@ -11,7 +11,7 @@ from thrifty.checkpoint.folder import open_tensors
 from thrifty.checkpoint.gguf_model import SCALE, gguf_config
 from thrifty.checkpoint.hub import resolve
 from thrifty.checkpoint.safetensors import read_metadata
-from thrifty.cli.inventory import Entry, folder_entries, gguf_entries, keras_entries, layer_of, read_keras
+from thrifty.cli.inventory import KERAS_FILES, Entry, folder_entries, gguf_entries, keras_entries, layer_of, read_keras
 from thrifty.errors import ThriftyError
 
 _SCALES = {
@@ -50,14 +50,12 @@ def _folder(path: Path) -> dict[str, Any]:
         open_folder(path)  # says what is wrong with the path itself
         raise
     config, runs = _config(lambda: open_folder(path).config)
-    files = sorted(file for file in path.glob("*.safetensors"))
-    storage = None if config is None else _storage(config)
-    tensors = open_tensors(path)
+    tensors, named = open_tensors(path), fields.get("architectures")
     return {
-        "format": f"folder of transformers, {_several(len(files), 'safetensors file')}",
-        "architecture": ", ".join(fields.get("architectures") or []) or str(fields.get("model_type")),
+        "format": f"folder of transformers, {_several(len(list(path.glob('*.safetensors'))), 'safetensors file')}",
+        "architecture": str(named[0] if isinstance(named, list) and named else fields.get("model_type")),
         "runs here": runs,
-        "storage": storage,
+        "storage": None if config is None else _storage(config),
         "scales": None if config is None or config.linear == "dense" else _SCALES[config.storage],
         "config": _plain_config(config) if config else {k: v for k, v in fields.items() if _is_scalar(v)},
         **_tokenizer(path),
@@ -102,7 +100,7 @@ def _gguf(path: Path) -> dict[str, Any]:
 
 def _keras(path: Path) -> dict[str, Any]:
     files = read_keras(path)
-    missing = next((name for name in ("config.json", "metadata.json") if name not in files), None)
+    missing = next((name for name in KERAS_FILES if name not in files), None)
     if missing is not None:
         raise ThriftyError(f"[info] a .keras file must hold {missing}; {path} lacks it; save it again")
     texts = {name: files[name].decode(errors="replace") for name in ("config.json", "metadata.json")}
@@ -116,7 +114,7 @@ def _keras(path: Path) -> dict[str, Any]:
         "runs here": "in Keras (thrifty.keras)",
         "layers": classes,
     }
-    weights = files.get("model.weights.h5", b"")
+    weights = files["model.weights.h5"]
     try:
         entries = list(keras_entries(path, weights))
         kinds = {entry.kind for entry in entries if entry.zeros is not None}
@@ -128,7 +126,9 @@ def _keras(path: Path) -> dict[str, Any]:
             "bytes": {},
             "total bytes": len(weights),
         }
-    except (OSError, KeyError) as error:
+    except ThriftyError:
+        raise
+    except Exception as error:  # h5py raises what its parts do
         raise ThriftyError(
             f"[info] the weights in a .keras file must be whole; {path}: {error}; save it again"
         ) from None
@@ -164,8 +164,11 @@ def _tokenizer(path: Path) -> dict[str, Any]:
     """Of a folder."""
     facts: dict[str, Any] = {"tokenizer": None}
     if (path / "tokenizer.json").is_file():
-        model = read_json(path / "tokenizer.json").get("model") or {}
-        facts["tokenizer"] = f"{model.get('type')}, {len(model.get('vocab') or ())} tokens"
+        model = read_json(path / "tokenizer.json").get("model")
+        model = model if isinstance(model, dict) else {}
+        vocab = model.get("vocab")
+        count = len(vocab) if isinstance(vocab, dict | list) else 0
+        facts["tokenizer"] = f"{model.get('type')}, {count} tokens"
     beside = path / "tokenizer_config.json"
     stored = beside.is_file() and "chat_template" in read_json(beside)
     return facts | {"chat template": stored or (path / "chat_template.jinja").is_file()}
@@ -203,9 +206,10 @@ def _amounts(entries: Iterable[Entry]) -> dict[str, Any]:
 
 def _classes(config: Any) -> Iterable[str]:
     """Names of the classes of the layers in the config of a Keras model."""
-    layers = (config.get("config") or {}).get("layers") if isinstance(config, dict) else None
-    for layer in layers or []:
-        yield str(layer.get("class_name"))
+    inner = config.get("config") if isinstance(config, dict) else None
+    layers = inner.get("layers") if isinstance(inner, dict) else None
+    for layer in layers if isinstance(layers, list) else []:
+        yield str(layer.get("class_name") if isinstance(layer, dict) else None)
         yield from _classes(layer)
 
 

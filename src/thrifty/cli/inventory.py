@@ -20,6 +20,8 @@ from thrifty.spec import GGUF_TERNARY, ROW_BLOCK
 #: Parts of a model, and what their tensors' names hold.
 PARTS = {"embedding": ("embed_tokens", "token_embd", "word_embed", "wte."), "head": ("lm_head", "output.weight")}
 NORMS = ("norm", "layer_norm", "_ln.", "ln_")
+#: What a .keras file has in it.
+KERAS_FILES = ("config.json", "metadata.json", "model.weights.h5")
 #: Weights of a latent matrix that are looked at to tell how many of its codes will be zero.
 SAMPLE = 1 << 18
 _PIECE = 1 << 20
@@ -112,11 +114,12 @@ def layer_of(name: str) -> tuple[str, int | None]:
 
 
 def read_keras(path: Path) -> dict[str, bytes]:
-    """The files in a .keras file."""
+    """Config, metadata and weights in a .keras file, by their names in it."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return {info.filename: archive.read(info) for info in archive.infolist()}
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+            there = set(archive.namelist())
+            return {name: archive.read(name) for name in KERAS_FILES if name in there}
+    except Exception as error:  # zipfile raises what its parts do
         raise ThriftyError(f"[info] a .keras file must be a whole archive; {path}: {error}; save it again") from error
 
 
@@ -153,8 +156,11 @@ def _of_blocks(path: Path, name: str, block: Block) -> Callable[[], float]:
     def share() -> float:
         from thrifty import native
 
+        rows = int(np.prod(block.shape[:-1]))
+        if rows * block.shape[-1] == 0:
+            return 0.0  # an empty tensor has no blocks
         try:
-            codes, _ = native.gguf_decode(block.kind, block.data, *block.shape)
+            codes, _ = native.gguf_decode(block.kind, block.data, rows, block.shape[-1])
         except ThriftyError as error:
             raise ThriftyError(f"{error}; tensor '{name}' of {path}") from None
         return np.count_nonzero(codes == 0) / codes.size
