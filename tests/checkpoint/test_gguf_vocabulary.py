@@ -328,7 +328,6 @@ def test_a_file_without_a_vocabulary_has_no_tokenizer():
 
 
 def test_the_vocabulary_of_llama_3_needs_no_name():
-    """Microsoft's file of BitNet b1.58 2B4T names no pre-tokenizer."""
     _, metadata = made("llama3")
     del metadata[vocabulary.TOKENIZER], metadata["tokenizer.ggml.pre"]
     texts = metadata["tokenizer.ggml.tokens"]

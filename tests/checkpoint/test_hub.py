@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_checkpoints import write_checkpoint
 
 from thrifty.checkpoint.hub import resolve
 
@@ -192,6 +193,24 @@ def test_a_name_alone_is_looked_for_in_the_cache_only(endpoint, tmp_path):
     snapshot = cached(tmp_path, "single", REPOSITORIES["owner/whole"])
     assert run("single other", tmp_path, endpoint) == f"{snapshot}\nother"
     assert Hub.asked == []
+
+
+def test_a_model_runs_by_its_id(tmp_path):
+    tiny = write_checkpoint(tmp_path / "tiny")
+    cached(tmp_path, "owner/tiny", {file.name: file.read_bytes() for file in tiny.path.iterdir()})
+    keep = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    command = [sys.executable, "-m", "thrifty", "generate", "--max-new-tokens", "3", "--threads", "1"]
+    texts = [
+        subprocess.run(
+            [*command, model, "a"],
+            env=keep | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for model in ("owner/tiny", "owner/tiny@main", str(tiny.path))
+    ]
+    assert len(set(texts)) == 1
+    assert texts[0]
 
 
 def test_the_hubs_client_is_imported_only_when_asked():

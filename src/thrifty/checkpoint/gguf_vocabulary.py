@@ -383,7 +383,7 @@ def _cut_of(metadata: dict[str, Any], texts: list[str]) -> _Cut:
     name = metadata.get(f"{_KEY}pre")
     if name in _CUTS:
         return _CUTS[name]
-    # Files made before there were names, BitNet b1.58 2B4T among them, have none; this vocabulary is Llama 3's.
+    # Files of converters that know no names have none; this vocabulary is Llama 3's, which has one way to cut.
     if name in (None, "default") and texts[128_000:128_001] == ["<|begin_of_text|>"]:
         return _CUTS["llama-bpe"]
     raise _unread(f"pre-tokenizers read here are {', '.join(_CUTS)}; got {name or 'none'}")
