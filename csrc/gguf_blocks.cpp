@@ -144,7 +144,7 @@ bool positive(float scale) { return scale > 0 && scale < INFINITY; }
 
 // False where a value is not finite or the scale is beyond float16.
 template <class T>
-bool quantize_block(const T* values, uint8_t* out) {
+bool quantize_block(const T* values, Q8Block& out) {
   float magnitudes[kQ8Weights];
   int32_t signs[kQ8Weights];
   int32_t most = 0;
@@ -165,23 +165,23 @@ bool quantize_block(const T* values, uint8_t* out) {
   if (stored.bits >= 0x7C00) return false;
   const float reciprocal = 1.0f / d;
   const float inverse = reciprocal <= 3.402823466e38f ? reciprocal : 0.0f;
-  std::memcpy(out, &stored, 2);
+  std::memcpy(out.scale, &stored, 2);
   for (size_t i = 0; i < kQ8Weights; ++i) {
     const float scaled = magnitudes[i] * inverse;
     int32_t code = int32_t(scaled);
     code += int32_t(scaled - float(code) >= 0.5f);
-    out[2 + i] = uint8_t((code ^ signs[i]) - signs[i]);
+    out.codes[i] = int8_t((code ^ signs[i]) - signs[i]);
   }
   return true;
 }
 
 template <class T>
-int quantize(const T* values, size_t blocks, uint8_t* data, int n_threads) {
+int quantize(const T* values, size_t blocks, Q8Block* data, int n_threads) {
   std::atomic<bool> good{true};
   run_ranges(blocks, kQ8Weights, kGrain / 4, n_threads, [&](size_t first, size_t end) {
     bool all = true;
     for (size_t block = first; block < end; ++block) {
-      all &= quantize_block(values + block * kQ8Weights, data + block * kQ8Bytes);
+      all &= quantize_block(values + block * kQ8Weights, data[block]);
     }
     if (!all) good = false;
   });
@@ -254,9 +254,10 @@ int thrifty_gguf_decode(int kind, const uint8_t* data, int64_t rows, int64_t col
   return bad ? THRIFTY_BAD_CODE : THRIFTY_OK;
 }
 
-int thrifty_quantize_q8_0(const void* values, int dtype, int64_t rows, int64_t cols, uint8_t* data, int n_threads) {
-  if (!valid_blocks(rows, cols, kQ8Weights) || !values || !data) return THRIFTY_BAD_ARGUMENT;
+int thrifty_quantize_q8_0(const void* values, int dtype, int64_t rows, int64_t cols, uint8_t* bytes, int n_threads) {
+  if (!valid_blocks(rows, cols, kQ8Weights) || !values || !bytes) return THRIFTY_BAD_ARGUMENT;
   const size_t blocks = size_t(rows) * (size_t(cols) / kQ8Weights);
+  Q8Block* data = reinterpret_cast<Q8Block*>(bytes);
   switch (dtype) {
     case THRIFTY_F32: return quantize(static_cast<const float*>(values), blocks, data, n_threads);
     case THRIFTY_BF16: return quantize(static_cast<const Bfloat*>(values), blocks, data, n_threads);
@@ -269,7 +270,8 @@ int thrifty_dequantize_q8_0(const uint8_t* data, int64_t rows, int64_t cols, flo
   if (!valid_blocks(rows, cols, kQ8Weights) || !data || !values) return THRIFTY_BAD_ARGUMENT;
   const size_t blocks = size_t(rows) * (size_t(cols) / kQ8Weights);
   run_ranges(blocks, kQ8Weights, kGrain, n_threads, [&](size_t first, size_t end) {
-    dequantize_q8_0(data + first * kQ8Bytes, (end - first) * kQ8Weights, values + first * kQ8Weights);
+    dequantize_q8_0(reinterpret_cast<const Q8Block*>(data) + first, (end - first) * kQ8Weights,
+                    values + first * kQ8Weights);
   });
   return THRIFTY_OK;
 }

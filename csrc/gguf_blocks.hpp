@@ -8,19 +8,28 @@
 
 namespace thrifty {
 
-/// Q8_0: a float16 in front of 32 signed bytes that it multiplies.
-constexpr size_t kQ8Weights = 32, kQ8Bytes = 34;
+constexpr size_t kQ8Weights = 32;
+
+/// Q8_0: a float16 and 32 signed bytes that it multiplies. Lies at any address.
+struct Q8Block {
+  uint8_t scale[2];
+  int8_t codes[kQ8Weights];
+};
+static_assert(sizeof(Q8Block) == 34 && alignof(Q8Block) == 1, "a block has no padding");
 
 namespace {
 
-inline void dequantize_q8_0(const uint8_t* row, size_t cols, float* out) {
-  for (size_t col = 0; col < cols; col += kQ8Weights, row += kQ8Bytes) {
-    Half scale;
-    std::memcpy(&scale, row, 2);
-    const float d = widen(scale);
-    int8_t codes[kQ8Weights];
-    std::memcpy(codes, row + 2, kQ8Weights);
-    for (size_t i = 0; i < kQ8Weights; ++i) out[col + i] = float(codes[i]) * d;
+inline Half scale_of(const Q8Block& block) {
+  Half stored;
+  std::memcpy(&stored, block.scale, 2);
+  return stored;
+}
+
+/// Products of a byte and a float16 are exact.
+inline void dequantize_q8_0(const Q8Block* row, size_t cols, float* out) {
+  for (size_t col = 0; col < cols; col += kQ8Weights, ++row) {
+    const float d = widen(scale_of(*row));
+    for (size_t i = 0; i < kQ8Weights; ++i) out[col + i] = float(row->codes[i]) * d;
   }
 }
 

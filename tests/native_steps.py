@@ -12,6 +12,8 @@ from thrifty.native import ACTIVATION_IDS, CACHE_BLOCK, DTYPE_IDS, Epilogue, OpC
 #: Rows that a buffer of a private row needs, one for each thread of the driver at most.
 THREADS = 7
 EPS = 1e-5
+#: Floats as matrices and tables store them.
+FLOATS = ("F32", "BF16", "F16", "Q8_0")
 
 
 class Program:
@@ -108,6 +110,7 @@ def activation_case(rng: np.random.Generator, fmt: str, rows: int, n: int, act: 
 
 
 def float_case(rng: np.random.Generator, dtype: str, rows: int, cols: int, n: int) -> Case:
+    cols += -cols % 32 if dtype == "Q8_0" else 0
     case = Case(f"step: float_matmul {dtype} {rows}x{cols}, {n} rows")
     weight = Tensor.of(rng.standard_normal((rows, cols)).astype(np.float32), dtype)
     x, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((n, cols), rows))
@@ -121,6 +124,7 @@ def float_case(rng: np.random.Generator, dtype: str, rows: int, cols: int, n: in
 
 def rows_case(rng: np.random.Generator, dtype: str, d: int, n: int) -> Case:
     """EMBED, and QUANTIZE and RMS_NORM of some of its rows."""
+    d += -d % 32 if dtype == "Q8_0" else 0
     case = Case(f"step: embed {dtype}, quantize and rms_norm of {n}x{d}")
     table, tokens = Tensor.of(rng.standard_normal((20, d)).astype(np.float32), dtype), rng.integers(0, 20, n)
     x, gain, rows = table.float32()[tokens], rng.standard_normal(d).astype(np.float32), [n - 1, 0, 0]
@@ -321,6 +325,8 @@ def refused_cases() -> Iterator[Case]:
         (-1, (1,) * 8, [a] * 6),
         (13, (1,) * 8, [a] * 6),
         (OpCode.EMBED, (10, 4, DTYPE_IDS["I8"], 4), (a, a)),
+        (OpCode.EMBED, (10, 48, DTYPE_IDS["Q8_0"], 48), (a, a)),
+        (OpCode.EMBED, (10, 32, DTYPE_IDS["Q8_0"] + 1, 32), (a, a)),
         (OpCode.EMBED, (10, 4, 0, -4), (a, a)),
         (OpCode.EMBED, (10, 4, 0, 4), (a,)),
         (OpCode.QUANTIZE, (16, 16, 15), (a, NULL, a, a)),
@@ -332,12 +338,13 @@ def refused_cases() -> Iterator[Case]:
         (OpCode.MATMUL, (5, *matmul[1:]), (a, a, NULL, a, a, a)),
         (OpCode.MATMUL, (1 << 32, *matmul[1:]), (a, a, NULL, a, a, a)),
         (OpCode.MATMUL, (0, 16, 17, 16, 16, 16), (a, a, NULL, a, a, a)),
-        (OpCode.MATMUL, (*matmul, 4), (a, a, NULL, a, a, a)),
+        (OpCode.MATMUL, (*matmul, 5), (a, a, NULL, a, a, a)),
         (OpCode.MATMUL, (*matmul, Epilogue.ACT, 6), (a, a, NULL, a, a, a)),
         (OpCode.MATMUL, matmul, (NULL, a, NULL, a, a, a)),
         (OpCode.MATMUL, matmul, (a, a, NULL, a, a)),
         (OpCode.FLOAT_MATMUL, (DTYPE_IDS["I8"], *matmul[1:]), (a, NULL, NULL, a, NULL, a)),
-        (OpCode.FLOAT_MATMUL, (*matmul, 4), (a, NULL, NULL, a, NULL, a)),
+        (OpCode.FLOAT_MATMUL, (DTYPE_IDS["Q8_0"], *matmul[1:]), (a, NULL, NULL, a, NULL, a)),
+        (OpCode.FLOAT_MATMUL, (*matmul, 5), (a, NULL, NULL, a, NULL, a)),
         (OpCode.FLOAT_MATMUL, matmul, (a, NULL, NULL, NULL, NULL, a)),
         (OpCode.ROPE_CACHE, (3, 2, *attention[2:]), (a, a, a)),
         (OpCode.ROPE_CACHE, (2, 0, *attention[2:]), (a, a, a)),
@@ -412,12 +419,12 @@ def step_cases(rng: np.random.Generator) -> Iterator[Case]:
     """Every op of a program alone, then programs of all of them."""
     for i, (rows, cols) in enumerate((rows, cols) for rows in UGLY for cols in UGLY):
         yield from (matmul_case(rng, fmt, rows, cols, (1, 3, 17)[i % 3]) for fmt in FORMAT_IDS if fmt != "row_block")
-        yield from (float_case(rng, dtype, rows, cols, (1, 5)[i % 2]) for dtype in ("F32", "BF16", "F16"))
+        yield from (float_case(rng, dtype, rows, cols, (1, 5)[i % 2]) for dtype in FLOATS)
     for act in ACTIVATION_IDS:
         yield from (
             activation_case(rng, fmt, rows, n, act) for fmt in ("i2", "base3") for rows, n in ((37, 3), (63, 33))
         )
-    yield from (rows_case(rng, dtype, d, 6) for dtype in ("F32", "BF16", "F16") for d in UGLY)
+    yield from (rows_case(rng, dtype, d, 6) for dtype in FLOATS for d in UGLY)
     for dtype in ("F32", "F16", "I8"):
         yield from (attention_case(rng, shape, dtype, (5, 17, 65)) for shape in SHAPES)
         yield attention_case(rng, (2, 1, 18), dtype, (17, 257, 515))

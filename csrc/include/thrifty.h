@@ -103,7 +103,7 @@ THRIFTY_API int thrifty_gguf_encode(int kind, const int8_t* codes, int64_t rows,
  * the one there is. */
 THRIFTY_API int thrifty_gguf_decode(int kind, const uint8_t* data, int64_t rows, int64_t cols, int8_t* codes,
                                     float* scales, int n_threads);
-/* data = Q8_0 of values [rows, cols] in dtype, enum thrifty_dtype but INT8: of each 32 columns, a float16 scale and 32
+/* data = Q8_0 of values [rows, cols] in dtype, F32, BF16 or F16: of each 32 columns, a float16 scale and 32
  * signed bytes. BAD_CODE for what is not finite, or too large for such a scale. */
 THRIFTY_API int thrifty_quantize_q8_0(const void* values, int dtype, int64_t rows, int64_t cols, uint8_t* data,
                                       int n_threads);
@@ -144,7 +144,7 @@ THRIFTY_API int thrifty_product_key_topk(const float* x, int64_t x_stride, const
                                          int n_threads);
 
 /* hidden_s = x . down_e, y = sum_s w_s act(hidden_s) up_e, e the s-th of a row's k experts.
- * x, y: [n, d]; indices, weights, hidden: [n, k]; down, up: [experts, d] in dtype, enum thrifty_dtype but INT8;
+ * x, y: [n, d]; indices, weights, hidden: [n, k]; down, up: [experts, d] in dtype, F32, BF16 or F16;
  * activation: enum thrifty_activation. `up` NULL: hidden alone; `down` NULL: y = sum_s w_s up_e. */
 THRIFTY_API int thrifty_product_key_experts(const float* x, const int64_t* indices, const float* weights,
                                             const void* down, const void* up, int dtype, int activation, int64_t n,
@@ -164,8 +164,9 @@ THRIFTY_API void thrifty_cache_evict(const void* buffer, size_t bytes);
 
 /* ---- A step: a program of ops over buffers of the caller, run as one job of the pool. ---- */
 
-/* Floats as tables, matrices and caches store them; INT8 is for caches only, with a scale per position and head. */
-enum thrifty_dtype { THRIFTY_F32 = 0, THRIFTY_BF16 = 1, THRIFTY_F16 = 2, THRIFTY_INT8 = 3 };
+/* Floats as tables, matrices and caches store them; INT8 is for caches only, with a scale per position and head; Q8_0,
+ * as thrifty_quantize_q8_0 makes it, is for EMBED and FLOAT_MATMUL, with whole blocks of 32 columns. */
+enum thrifty_dtype { THRIFTY_F32 = 0, THRIFTY_BF16 = 1, THRIFTY_F16 = 2, THRIFTY_INT8 = 3, THRIFTY_Q8_0 = 4 };
 
 enum thrifty_activation {
   THRIFTY_SILU = 0,

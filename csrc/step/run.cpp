@@ -156,6 +156,7 @@ class Work {
       if (op_.n[2] == THRIFTY_F16) {
         for (size_t i = 0; i < d; ++i) x[i] = widen(p<const Half>(0)[at + i]);
       }
+      if (op_.n[2] == THRIFTY_Q8_0) dequantize_q8_0(p<const Q8Block>(0) + at / kQ8Weights, d, x);
     }
   }
 

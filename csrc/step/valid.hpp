@@ -1,6 +1,7 @@
 #pragma once
 
 #include "../formats.hpp"
+#include "../gguf_blocks.hpp"
 #include "../kernels.hpp"
 #include "thrifty.h"
 
@@ -11,6 +12,11 @@ bool valid_epilogue(const thrifty_op& op) { return op.n[6] <= THRIFTY_MULTIPLY &
 
 bool valid_cache(int64_t dtype, int64_t head_dim) {
   return dtype == THRIFTY_F32 || dtype == THRIFTY_F16 || (dtype == THRIFTY_INT8 && head_dim <= int64_t{kMostInt8Dim});
+}
+
+/// Rows of floats as a table or matrix stores them.
+bool valid_floats(int64_t dtype, int64_t cols) {
+  return dtype <= THRIFTY_F16 || (dtype == THRIFTY_Q8_0 && cols % int64_t{kQ8Weights} == 0);
 }
 
 bool valid_heads(const thrifty_op& op) {
@@ -57,7 +63,7 @@ bool valid_op(const thrifty_op& op) {
     if (n < 0) return false;
   }
   switch (op.code) {
-    case THRIFTY_OP_EMBED: return op.p[0] && op.p[1] && op.n[2] <= THRIFTY_F16;
+    case THRIFTY_OP_EMBED: return op.p[0] && op.p[1] && valid_floats(op.n[2], op.n[1]);
     case THRIFTY_OP_QUANTIZE: return op.p[0] && op.p[2] && op.p[3] && op.n[2] >= op.n[0] && op.n[0] > 0;
     case THRIFTY_OP_RMS_NORM: return op.p[0] && op.p[2] && op.n[0] > 0;
     case THRIFTY_OP_MATMUL:
@@ -65,7 +71,8 @@ bool valid_op(const thrifty_op& op) {
              op.n[2] <= kFormats[op.n[0]].most_cols &&
              op.n[3] >= int64_t(round_up(size_t(op.n[2]), kFormats[op.n[0]].col_multiple)) && valid_epilogue(op) &&
              op.p[0] && op.p[1] && op.p[3] && op.p[4] && op.p[5];
-    case THRIFTY_OP_FLOAT_MATMUL: return op.n[0] <= THRIFTY_F16 && valid_epilogue(op) && op.p[0] && op.p[3] && op.p[5];
+    case THRIFTY_OP_FLOAT_MATMUL:
+      return valid_floats(op.n[0], op.n[2]) && valid_epilogue(op) && op.p[0] && op.p[3] && op.p[5];
     case THRIFTY_OP_ROPE_CACHE: return valid_heads(op) && op.n[2] % 2 == 0;
     case THRIFTY_OP_ATTENTION: return valid_heads(op);
     case THRIFTY_OP_HEADS: return op.p[0] && op.n[2] > 0 && !op.p[1] == !op.p[2] && (!op.p[1] || op.n[2] % 2 == 0);

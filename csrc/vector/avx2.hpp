@@ -22,6 +22,11 @@ struct Avx2 {
     const auto* words = reinterpret_cast<const __m256i*>(from);
     return {_mm256_cvtepi32_ps(_mm256_loadu_si256(words)), _mm256_cvtepi32_ps(_mm256_loadu_si256(words + 1))};
   }
+  static F load(const int8_t* from) {
+    const __m128i bytes = quad(from);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+  }
   static void store(float* to, F v) {
     _mm256_storeu_ps(to, v.low);
     _mm256_storeu_ps(to + 8, v.high);

@@ -25,6 +25,9 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
   static F load(const int32_t* from) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(from)); }
+  static F load(const int8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
   static void store(float* to, F v) { _mm512_storeu_ps(to, v); }
   static void store(Half* to, F v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));

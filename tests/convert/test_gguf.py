@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from tiny_checkpoints import write_checkpoint
 
-from thrifty import ThriftyError
+from thrifty import ThriftyError, native
 from thrifty.checkpoint import Tensor, open_folder, open_model, open_safetensors, save_safetensors
 from thrifty.checkpoint.gguf import Block, TensorToWrite, open_gguf, save_gguf
+from thrifty.checkpoint.names import EMBEDDING
 from thrifty.convert import to_gguf, to_transformers
 from thrifty.runtime import load
-from thrifty.spec import gguf_encode
+from thrifty.spec import GGUF_TERNARY, dequantize_q8_0, gguf_encode, quantize_q8_0
 
 SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512}
 TOKENS = np.random.default_rng(5).integers(0, 300, 60).tolist()
@@ -179,3 +180,50 @@ def test_damaged_or_foreign_files_are_refused(file, tmp_path):
     refused("scales them", {"bitnet.rope.scaling.type": "yarn"})
     refused("must be a JSON object", {"thrifty.config": "[]"})
     refused("rounded from", {"thrifty.scale.model.layers.0.mlp.down_proj": np.float32(3)})
+
+
+@pytest.mark.parametrize("library", ["native", "numpy"])
+@pytest.mark.parametrize("name", ["bitnet", "llama"])
+def test_an_embedding_and_a_head_in_q8_0_compute_what_their_floats_do(tmp_path, monkeypatch, name, library):
+    if library == "numpy":
+        monkeypatch.setattr(native._library, "find", lambda: (None, "taken away for a test"))
+        native._library.load.cache_clear()
+    try:
+        to_gguf(open_folder(source(tmp_path / "source", name)), tmp_path / "model.gguf", head_type="Q8_0")
+        model = open_model(tmp_path / "model.gguf")
+        assert model.tensors[EMBEDDING].dtype == "Q8_0"
+        assert model.tensors[EMBEDDING].shape == (300, 256)
+        to_transformers(model, tmp_path / "floats", dtype="F32")
+        for bits in (None, 8):
+            stored, floats = (load(tmp_path / file, head_bits=bits) for file in ("model.gguf", "floats"))
+            np.testing.assert_array_equal(stored.logits(TOKENS), floats.logits(TOKENS))
+            assert stored.generate_tokens(TOKENS, max_new_tokens=9) == floats.generate_tokens(TOKENS, max_new_tokens=9)
+        to_gguf(model, tmp_path / "again.gguf", head_type="Q8_0")
+        first, second = (open_gguf(tmp_path / file).tensors for file in ("model.gguf", "again.gguf"))
+        assert first.keys() == second.keys()
+        for tensor, block in first.items():
+            np.testing.assert_array_equal(second[tensor].data, block.data)
+    finally:
+        monkeypatch.undo()
+        native._library.load.cache_clear()
+
+
+def test_dense_linears_in_q8_0_compute_what_their_floats_do(tmp_path):
+    path = write_checkpoint(tmp_path / "source", model_type="llama", tie_word_embeddings=False, **SIZES).path
+    to_gguf(open_folder(path), tmp_path / "ternary.gguf")
+    rng, metadata = np.random.default_rng(0), {"thrifty.config": "{}"}
+    blocks: dict[str, dict[str, Block]] = {"Q8_0": {}, "F32": {}}
+    for name, block in open_gguf(tmp_path / "ternary.gguf").tensors.items():
+        if block.kind in GGUF_TERNARY:
+            data = quantize_q8_0(rng.normal(size=block.shape).astype(np.float32) / 16)
+            key = name.replace(".", "_")
+            blocks["Q8_0"][key] = Block("Q8_0", block.shape, data)
+            blocks["F32"][key] = Block("F32", block.shape, dequantize_q8_0(data, *block.shape))
+    logits = []
+    for kind, tensors in blocks.items():
+        file = copied(tmp_path / "ternary.gguf", tmp_path / f"{kind}.gguf", metadata, **tensors)
+        model = open_model(file)
+        assert model.config.linear == "dense"
+        assert model.tensors["model.layers.1.mlp.down_proj.weight"].dtype == kind
+        logits.append(load(file).logits(TOKENS))
+    np.testing.assert_array_equal(*logits)

@@ -140,11 +140,11 @@ class TestMatmul:
             np.testing.assert_array_equal(y, spec.ternary_matmul(x, one, w, scale))
 
 
-@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "Q8_0"])
 class TestFloats:
     @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (3, 63), (18, 257), (63, 500)])
     def test_product(self, isa, dtype, rows, cols):
-        rng = np.random.default_rng(0)
+        rng, cols = np.random.default_rng(0), cols + (-cols % 32 if dtype == "Q8_0" else 0)
         weight = Tensor.of(rng.normal(size=(rows, cols)).astype(np.float32), dtype)
         bias = rng.normal(size=rows).astype(np.float32)
         x = rng.normal(size=(9, cols)).astype(np.float32)
@@ -162,14 +162,25 @@ class TestFloats:
                 np.testing.assert_array_equal(y.array[:1], alone)
 
     def test_embedding(self, isa, dtype):
-        table = Tensor.of(np.random.default_rng(0).normal(size=(20, 33)).astype(np.float32), dtype)
-        y = Guarded(3, 33)
-        op = Op(OpCode.EMBED, (20, 33, DTYPE_IDS[dtype], 33), (table.data, y.array))
+        d = 96 if dtype == "Q8_0" else 33
+        table = Tensor.of(np.random.default_rng(0).normal(size=(20, d)).astype(np.float32), dtype)
+        y = Guarded(3, d)
+        op = Op(OpCode.EMBED, (20, d, DTYPE_IDS[dtype], d), (table.data, y.array))
         program = Program([op], 3, 1, 2)
         program.tokens[:] = [19, 0, 7]
         program.run(3, 0, [(y.array.ctypes.data, 64)])
         y.check()
         np.testing.assert_array_equal(y.array, table.float32()[[19, 0, 7]])
+
+    def test_a_product_has_the_bits_of_the_widened_one(self, isa, dtype):
+        rng = np.random.default_rng(3)
+        weight = Tensor.of(rng.normal(size=(50, 160)).astype(np.float32), dtype)
+        x, ys = rng.normal(size=(5, 160)).astype(np.float32), []
+        for stored in (weight, Tensor.of(weight.float32())):
+            ys.append(Guarded(5, 50))
+            numbers = (DTYPE_IDS[stored.dtype], 50, 160, 160, 50, 50)
+            run(Op(OpCode.FLOAT_MATMUL, numbers, (stored.data, None, None, x, None, ys[-1].array)), 5, 2)
+        np.testing.assert_array_equal(ys[0].array, ys[1].array)
 
 
 @pytest.mark.parametrize("d", [1, 3, 63, 257, 500])

@@ -16,7 +16,7 @@ from thrifty.checkpoint.gguf_vocabulary import tokenizer_config, tokenizer_json
 from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD, linear_shapes
 from thrifty.checkpoint.safetensors import DTYPES, Tensor
 from thrifty.errors import ThriftyError
-from thrifty.spec import GGUF_TERNARY, dequantize_q8_0, gguf_block_scales, gguf_decode
+from thrifty.spec import GGUF_TERNARY, gguf_block_scales, gguf_decode
 
 #: Names of tensors in GGUF, and here.
 NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
@@ -257,11 +257,10 @@ def _tensor(config: DecoderConfig, permuted: bool, name: str, block: Block) -> T
     """A tensor as the runtime takes it; a low-bit one is its bytes."""
     if block.kind in GGUF_TERNARY:
         return Tensor(block.kind, block.data)
-    if block.kind == "Q8_0":
-        values, dtype = dequantize_q8_0(block.data, *block.shape), "F32"
-    else:
-        values, dtype = block.data.view(DTYPES[block.kind]).reshape(block.shape), block.kind
-    return Tensor(dtype, halves(config, permuted, name.rpartition(".")[0], values))
+    # A row of Q8_0 is its bytes.
+    shape = block.shape if block.kind in DTYPES else (*block.shape[:-1], -1)
+    values = block.data.view(DTYPES.get(block.kind, np.uint8)).reshape(shape)
+    return Tensor(block.kind, halves(config, permuted, name.rpartition(".")[0], values))
 
 
 class _Metadata:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from thrifty.checkpoint.atomic import atomic_file
 from thrifty.checkpoint.pipeline import made_in_order
 from thrifty.errors import ThriftyError
-from thrifty.spec import round_bf16
+from thrifty.spec import Q8_0, dequantize_q8_0, quantize_q8_0, round_bf16
 
 #: Storage of each dtype in numpy; BF16 is the upper half of a float32, kept as uint16.
 DTYPES = {
@@ -39,7 +39,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A tensor as stored: `data` holds its bits, which for BF16 are uint16."""
+    """A tensor as stored: `data` holds its bits, for BF16 as uint16, for Q8_0 (of GGUF) as uint8 [rows, row bytes]."""
 
     dtype: str
     data: np.ndarray
@@ -47,11 +47,13 @@ class Tensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes of the axes."""
+        if self.dtype == Q8_0.name:
+            return *self.data.shape[:-1], self.data.shape[-1] // Q8_0.block_bytes * Q8_0.weights
         return self.data.shape
 
     def float32(self) -> np.ndarray:
-        """A float32 copy. bfloat16 and float16 widen exactly."""
-        out = np.empty(self.data.shape, np.float32)
+        """A float32 copy. All others but F64 widen exactly."""
+        out = np.empty(self.shape, np.float32)
         _widen(self.dtype, self.data, out)
         return out
 
@@ -62,6 +64,8 @@ class Tensor:
     @classmethod
     def of(cls, values: np.ndarray, dtype: str | None = None) -> "Tensor":
         """`values` stored as `dtype`; by default as their own. BF16 rounds to nearest, ties to even."""
+        if dtype == Q8_0.name:
+            return cls(Q8_0.name, quantize_q8_0(values))
         if dtype == "BF16":
             bits = round_bf16(values).view(np.uint32) >> 16
             return cls("BF16", bits.astype(np.uint16))
@@ -104,6 +108,9 @@ def _widen(dtype: str, data: np.ndarray, out: np.ndarray) -> None:
         bits = out.view(np.uint32)
         np.copyto(bits, data)
         np.left_shift(bits, 16, out=bits)
+    elif dtype == Q8_0.name:
+        cols = out.shape[-1]
+        out[...] = dequantize_q8_0(data, out.size // cols, cols).reshape(out.shape)
     else:
         np.copyto(out, data, casting="unsafe")
 

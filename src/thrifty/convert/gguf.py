@@ -182,7 +182,7 @@ def _codes(source: Folder, linear: str, rows: int) -> tuple[np.ndarray, np.float
 
 
 def _float_bytes(tensor: Tensor, kind: str) -> np.ndarray:
-    if kind == "Q8_0":
+    if kind == "Q8_0" and tensor.dtype != kind:
         stored = tensor.data if tensor.dtype in ("BF16", "F16", "F32") else tensor.float32()
         return native.quantize_q8_0(stored)
     return tensor.data if tensor.dtype == kind else Tensor.of(tensor.float32(), kind).data

@@ -52,7 +52,7 @@ class Epilogue(IntEnum):
 
 
 #: Numbers of the stored floats: dtype names as safetensors has them, and "I8" for caches.
-DTYPE_IDS = {"F32": 0, "BF16": 1, "F16": 2, "I8": 3}
+DTYPE_IDS = {"F32": 0, "BF16": 1, "F16": 2, "I8": 3, "Q8_0": 4}
 ACTIVATION_IDS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4, "sigmoid": 5}
 #: What keys and values are in plain arrays.
 CACHE_STORAGE = {"F32": np.float32, "F16": np.float16, "I8": np.int8}

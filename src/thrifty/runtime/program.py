@@ -112,7 +112,7 @@ class DecoderProgram:
         data, dtype = table.data, table.dtype
         if dtype not in DTYPE_IDS:
             data, dtype = table.float32(), "F32"
-        shape = (*data.shape, DTYPE_IDS[dtype], self.x.shape[1])
+        shape = (*table.shape, DTYPE_IDS[dtype], self.x.shape[1])
         self.ops.append(Op(OpCode.EMBED, shape, (data, self.x)))
 
     def _feed_forward(self, layer: int) -> None:

@@ -6,7 +6,7 @@ from thrifty import native, spec
 from thrifty.checkpoint import Folder, Tensor
 from thrifty.checkpoint.names import EMBEDDING, HEAD, HEAD_NORM
 
-#: Bytes by which a 16-bit head may grow to be kept as float32.
+#: Bytes by which a head of 16 or 8 bits may grow to be kept as float32.
 WIDEN_LIMIT = 32 << 20
 #: Bytes of a block of it otherwise.
 _BLOCK_BYTES = 512 << 10
@@ -67,10 +67,10 @@ class Head:
     ) -> None:
         """limit: bytes by which W may grow; block_bytes: of a widened block. Calls must not overlap."""
         self._n_threads = n_threads
-        grows = 4 * weight.data.size - weight.data.nbytes
+        rows, cols = weight.shape
+        grows = 4 * rows * cols - weight.data.nbytes
         self._stored = weight
         self._wide = weight.float32() if grows <= limit else None
-        rows, cols = weight.data.shape
         self._block = np.empty((min(rows, max(1, block_bytes // (4 * cols))), cols), np.float32)
         self.nbytes = weight.data.nbytes if self._wide is None else self._wide.nbytes
 

@@ -28,7 +28,7 @@ class Matrix:
 
     #: A native format, or the dtype of stored floats.
     layout: str
-    #: uint8 [tiles, blocks, 64], or stored floats [tiles * 16, cols].
+    #: uint8 [tiles, blocks, 64], or stored floats [tiles * 16, cols]; of Q8_0 uint8 [tiles * 16, row bytes].
     data: np.ndarray
     cols: int
     #: float32 [tiles * 16]; scale is None for floats.
@@ -199,18 +199,19 @@ def _float_matrix(tensors: list[Tensor], places: list[slice], bias: np.ndarray |
     dtype = tensors[0].dtype if len({t.dtype for t in tensors}) == 1 and tensors[0].dtype in DTYPE_IDS else "F32"
     cols = tensors[0].shape[1]
     stored = tensors[0].data.dtype if dtype != "F32" else np.dtype(np.float32)
+    width = tensors[0].data.shape[1] if dtype != "F32" else cols
     tiles = sum(tiles_of(t.shape[0]) for t in tensors)
-    data = arena.empty(tiles * TILE_ROWS * cols * stored.itemsize).view(stored)
-    data = data.reshape(tiles, TILE_ROWS, cols)
+    data = arena.empty(tiles * TILE_ROWS * width * stored.itemsize).view(stored)
+    data = data.reshape(tiles, TILE_ROWS, width)
     for tensor, place in zip(tensors, places, strict=True):
         values = tensor.data if tensor.dtype == dtype else tensor.float32()
         whole = values.shape[0] // TILE_ROWS
         part = data[place]
-        part[:whole] = values[: whole * TILE_ROWS].reshape(whole, TILE_ROWS, cols)
+        part[:whole] = values[: whole * TILE_ROWS].reshape(whole, TILE_ROWS, width)
         if whole < len(part):
             part[whole] = 0
             part[whole, : values.shape[0] - whole * TILE_ROWS] = values[whole * TILE_ROWS :]
-    return Matrix(dtype, data.reshape(-1, cols), cols, None, bias)
+    return Matrix(dtype, data.reshape(-1, width), cols, None, bias)
 
 
 def _padded(values: np.ndarray) -> np.ndarray:
