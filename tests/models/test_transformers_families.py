@@ -53,9 +53,8 @@ def test_a_dense_folder_goes_in_and_out(family, tmp_path):
     ("family", "convention"),
     [
         *((family, "divides") for family in PLAIN),
-        ("bitnet", "divides"),
-        ("qwen2", "multiplies"),
-        ("qwen3", "multiplies"),
+        *(("bitnet", "divides"), ("qwen2", "multiplies"), ("qwen3", "multiplies")),
+        *(("llama", "normed-divides"), ("bitnet", "normed-divides")),
     ],
 )
 def test_a_packed_folder_stays_packed(family, convention, tmp_path):
@@ -74,7 +73,9 @@ def test_a_packed_folder_stays_packed(family, convention, tmp_path):
         close(logits(transformers_model(tmp_path / "again")), expected, 1e-3)
 
 
-@pytest.mark.parametrize(("family", "convention"), [("llama3-rope", "latent"), ("qwen2", "latent"), ("qwen3", None)])
+@pytest.mark.parametrize(
+    ("family", "convention"), [("llama3-rope", "latent"), ("qwen2", "normed-latent"), ("qwen3", None)]
+)
 def test_a_folder_is_trained_and_packed(family, convention, tmp_path):
     write_folder(tmp_path, family, convention)
     model = ThriftyForCausalLM.from_pretrained(tmp_path, linear="ternary")
@@ -105,12 +106,6 @@ def test_scaling_written_as_before_version_5_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     np.testing.assert_array_equal(logits(ThriftyForCausalLM.from_pretrained(tmp_path)), expected)
     close(load(tmp_path).logits(TOKENS[0].tolist()), expected, 1e-6)
-
-
-def test_norms_in_front_of_linears_are_for_the_runtime(tmp_path):
-    write_folder(tmp_path, "llama", "normed-divides")
-    with pytest.raises(ThriftyError, match="norms in front of every linear"):
-        ThriftyForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_scale_of_zero_is_refused(tmp_path):

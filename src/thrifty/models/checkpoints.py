@@ -253,7 +253,9 @@ def _described(model: CheckpointedModel) -> Iterator[None]:
     elif any(isinstance(module, BitLinear) for module in model.modules()):
         mode = "online"
     if mode is not None:
-        model.config.quantization_config = {**QUANTIZATION, "quantization_mode": mode}
+        eps = model.config.linear_norm_eps
+        norms = {} if eps is None else {"use_rms_norm": True, "rms_norm_eps": eps}
+        model.config.quantization_config = {**QUANTIZATION, "quantization_mode": mode, **norms}
     try:
         yield
     finally:

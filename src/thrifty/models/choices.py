@@ -35,7 +35,7 @@ MIXTURE_FIELDS = {
     *("sliding_window", "dynamic_mask_selection", "keep_window_size", "dynamic_mask_ratio", "dt_heads", "qk_norm"),
     *("num_experts", "num_experts_per_tok", "num_experts_heads", "expert_retrieval_size", "router", "router_layout"),
     *("norm_topk_prob", "output_router_logits", "router_aux_loss_coef", "ssd_chunk_size", "ssd_rotary"),
-    *("attention_out_bias", "attention_qk_norm"),
+    *("attention_out_bias", "attention_qk_norm", "linear_norm_eps"),
 }
 #: What config.json of other families leaves unsaid, or says by other names.
 _CHOICES_READ = (
@@ -92,8 +92,6 @@ def choices_of(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
     Raises ThriftyError for what the decoder has not.
     """
     config = config_of(path / "config.json", fields)
-    if config.linear_norm_eps is not None:
-        raise ThriftyError(f"[load] norms in front of every linear run in thrifty.runtime alone; {path} has them")
     return {
         **fields,
         "linear": fields.get("linear", config.linear),

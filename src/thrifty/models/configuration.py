@@ -18,11 +18,12 @@ class ThriftyConfig(PreTrainedConfig):
     token_mixers: a pattern over layers, repeated to `num_hidden_layers`; each entry "attention", "dynamic_mask",
     "mlgru" or "ssd". feed_forward: "glu", "mlp" or "cdmoe" (a shared GLU beside routed experts), with `hidden_act`.
     linear: "ternary", "binary" or "dense" projections; embedding, head, routers and `dt_proj` are always dense.
-    norm_placement: "sub_ln" (BitNet: also before `o_proj`, and `down_proj` but in cdmoe) or "pre". residual: "plain" or
-    "scaled" (Doge: a learned factor per channel on the path around a block). rope_theta and rope_parameters are both
-    read; rope types are "default" and "llama3". Of attention: attention_out_bias says whether `o_proj` has a bias where
-    attention_bias gives q, k and v one (not in Qwen2); attention_qk_norm puts an RMSNorm on each head of q and k (as in
-    Qwen3).
+    norm_placement: "sub_ln" (BitNet: also before `o_proj`, and `down_proj` but in cdmoe) or "pre". linear_norm_eps: eps
+    of a norm with gain in front of every low-bit linear, None for no such norms (transformers' use_rms_norm). residual:
+    "plain" or "scaled" (Doge: a learned factor per channel on the path around a block). rope_theta and rope_parameters
+    are both read; rope types are "default" and "llama3". Of attention: attention_out_bias says whether `o_proj` has a
+    bias where attention_bias gives q, k and v one (not in Qwen2); attention_qk_norm puts an RMSNorm on each head of q
+    and k (as in Qwen3).
 
     Dynamic mask: dynamic_mask_selection "keep_window" keeps the `keep_window_size` best keys, "ratio" keeps
     int(dynamic_mask_ratio * max_position_embeddings), "none" keeps all; "ratio_legacy" is the seed's threshold over all
@@ -70,6 +71,7 @@ class ThriftyConfig(PreTrainedConfig):
     feed_forward: str = "glu"
     linear: str = "ternary"
     norm_placement: str = "sub_ln"
+    linear_norm_eps: float | None = None
     residual: str = "plain"
     dynamic_mask_selection: str = "keep_window"
     keep_window_size: int = 2048
@@ -171,7 +173,10 @@ class ThriftyConfig(PreTrainedConfig):
             fields = choices_of(Path(pretrained_model_name_or_path), fields)
         if found in _PLAIN and fields.get("quantization_config"):
             # transformers' AutoBitLinear multiplies biases by the scale of the weight.
-            fields["quantization_config"] = {**fields["quantization_config"], "bias_scaled": True}
+            record = fields["quantization_config"]
+            fields["quantization_config"] = {**record, "bias_scaled": True}
+            if record.get("use_rms_norm"):
+                fields["linear_norm_eps"] = record.get("rms_norm_eps", 1e-6)
         if family is not cls:
             # Fields left out have the defaults of the family that wrote the folder.
             written = {name: value for name, value in fields.items() if name != "model_type"}

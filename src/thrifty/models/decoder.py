@@ -35,6 +35,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.self_attn = MIXERS[config.mixer(layer_idx)](config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FEED_FORWARDS[config.feed_forward](config)
+        if config.linear_norm_eps is not None:
+            for module in [module for module in self.modules() if isinstance(module, BitLinear)]:
+                module.rms_norm = RMSNorm(module.in_features, config.linear_norm_eps)
         self.dropout = config.hidden_dropout
         scaled = config.residual == "scaled"
         self.input_residual = nn.Parameter(torch.ones(config.hidden_size)) if scaled else None

@@ -27,7 +27,8 @@ class BitLinear(nn.Module):
 
     weight="ternary" is b1.58 (arXiv 2402.17764), "binary" BitNet v1 (arXiv 2310.11453). norm="rms" or "layer" is
     applied to x first, without gain; norm=None is for blocks that have a norm of their own. `transposed` layers, which
-    `thrifty.nn.ternarize` makes of GPT-2's `Conv1D`, keep their weight as [in_features, out_features].
+    `thrifty.nn.ternarize` makes of GPT-2's `Conv1D`, keep their weight as [in_features, out_features]. A module set as
+    `rms_norm` comes before all that: the norm with gain that transformers' `use_rms_norm` puts into a layer.
     Raises ThriftyError for an unknown weight or norm. Its pair is `thrifty.keras.layers.DenseMML`.
     """
 
@@ -53,6 +54,7 @@ class BitLinear(nn.Module):
         self.out_features = out_features
         self.kind: ops.Kind = weight
         self.norm: Norm = norm
+        self.rms_norm: nn.Module | None = None
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
@@ -69,6 +71,7 @@ class BitLinear(nn.Module):
         return self.weight.T if self.transposed else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.rms_norm is None else self.rms_norm(x)
         return ops.bit_linear(normalize(x, self.norm), self.latent(), self.bias, self.kind)
 
     def extra_repr(self) -> str:

@@ -39,6 +39,7 @@ class PackedBitLinear(nn.Module):
         self.out_features, self.in_features = codes.shape
         self.kind: ops.Kind = kind
         self.norm: Norm = norm
+        self.rms_norm: nn.Module | None = None
         self.register_buffer("packed", ops.pack_weight(codes), persistent=False)
         self.register_buffer("weight_scale", stored_scale(scale).to(self.packed.device))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
@@ -55,6 +56,7 @@ class PackedBitLinear(nn.Module):
         return shape_only(self.out_features, self.in_features, self._dtype, self.packed.device)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.rms_norm is None else self.rms_norm(x)
         # In float32 alone is the norm not rounded before the codes are taken.
         fused = self.norm == "rms" and x.dtype == torch.float32
         x_hat = x if fused else normalize(x, self.norm)
@@ -108,6 +110,7 @@ class StoredBitLinear(nn.Module):
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.kind: ops.Kind = linear.kind
         self.norm: Norm = linear.norm
+        self.rms_norm = linear.rms_norm
         shape = spec.ROW_BLOCK.packed_shape(self.out_features, self.in_features)
         self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8))
         # Of the two dtypes that a scale is stored in, the one that holds both.
@@ -117,7 +120,9 @@ class StoredBitLinear(nn.Module):
     def to_packed(self) -> PackedBitLinear:
         """The layer in the kernel layout. Raises ThriftyError where a byte stands for no code."""
         codes = from_stored(self.weight, self.out_features, self.in_features)
-        return PackedBitLinear(codes, self.weight_scale, self.bias, kind=self.kind, norm=self.norm)
+        packed = PackedBitLinear(codes, self.weight_scale, self.bias, kind=self.kind, norm=self.norm)
+        packed.rms_norm = self.rms_norm
+        return packed
 
     def extra_repr(self) -> str:
         return describe(self)
@@ -135,6 +140,7 @@ def pack(model: M, where: Where | None = None) -> M:
         codes, scale = ops.quantize_weight(module.latent(), module.kind)
         packed = PackedBitLinear(codes, scale, module.bias, kind=module.kind, norm=module.norm)
         packed.transposed, packed._dtype = module.transposed, module.weight.dtype
+        packed.rms_norm = copy.deepcopy(module.rms_norm)
         return packed
 
     return _swap_leaves(model, swap, where)
@@ -193,7 +199,7 @@ def _unpack_linear(packed: PackedBitLinear) -> BitLinear:
         norm=packed.norm,
         device="meta",
     )
-    linear.transposed = packed.transposed
+    linear.transposed, linear.rms_norm = packed.transposed, copy.deepcopy(packed.rms_norm)
     codes, scale = packed.codes(), packed.weight_scale.float()
     share = codes.count_nonzero() / codes.numel()
     latent = codes.float() * (scale / share.clamp(min=1 / codes.numel()))

@@ -245,6 +245,7 @@ def _become_low_bit(module: Any, weight: ops.Kind, norm: Norm) -> None:
     if transposed:
         module.in_features, module.out_features = module.weight.shape
     module.__class__ = BitLinear
+    module.rms_norm = None
     module.kind, module.norm, module.transposed = weight, norm, transposed
 
 
