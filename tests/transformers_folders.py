@@ -83,7 +83,7 @@ def write_folder(
     }
     with torch.no_grad():
         # A residual stream that layers add to, and attention that is not the mean of all keys.
-        model.get_input_embeddings().weight.normal_(0, 3)
+        model.get_input_embeddings().weight.normal_(0, 4)
         for key, weight in latent.items():
             weight *= 4 if key.endswith(("q_proj", "k_proj")) else 1
     written: dict[str, Any] = {"architectures": [f"{name}ForCausalLM"], "dtype": "float32"}
