@@ -128,7 +128,10 @@ def read_matrix(
             bias[place] = _padded(folder.bias(prefix + linear))
         bias = bias.reshape(-1)
     if config.linear == "dense":
-        return _float_matrix([folder.tensors[f"{prefix}{linear}.weight"] for linear in linears], places, bias, arena)
+        weights = [folder.tensors[f"{prefix}{linear}.weight"] for linear in linears]
+        matrix = _float_matrix(weights, places, bias, arena)
+        weights[-1].release()
+        return matrix
     blocks = spec.FORMATS[weight_format].packed_shape(1, cols)[1]
     data = arena.empty(sum(tiles) * blocks * 64).reshape(sum(tiles), blocks, 64)
     scale = np.zeros((sum(tiles), TILE_ROWS), np.float32)
@@ -141,6 +144,7 @@ def read_matrix(
             row_block, multiplier = stored
             native.repack(weight_format, row_block, n, data, place.start, step, n_threads)
         scale[place] = _padded(np.full(n, multiplier, np.float32))
+        folder.tensors[f"{prefix}{linear}.weight"].release()
     return Matrix(weight_format, data, cols, scale.reshape(-1), bias)
 
 
