@@ -18,7 +18,10 @@ from thrifty.errors import ThriftyError
 from thrifty.spec import GGUF_TERNARY, ROW_BLOCK
 
 #: Parts of a model, and what their tensors' names hold.
-PARTS = {"embedding": ("embed_tokens", "token_embd", "word_embed", "wte."), "head": ("lm_head", "output.weight")}
+PARTS = {
+    "embedding": ("embed_tokens", "token_embd", "word_embed", "embeddings.", "wte."),
+    "head": ("lm_head", "output.weight"),
+}
 NORMS = ("norm", "layer_norm", "_ln.", "ln_")
 #: What a .keras file has in it.
 KERAS_FILES = ("config.json", "metadata.json", "model.weights.h5")
@@ -97,11 +100,11 @@ def keras_entries(path: Path, weights: bytes) -> Iterator[Entry]:
 
 def part_of(name: str, ndim: int, matrices: str) -> str:
     """The part of a model that a tensor belongs to; `matrices` is what linears are called."""
+    if ndim < 2:
+        return "norms" if any(mark in name for mark in NORMS) or name.endswith("gain") else "others"
     for part, marks in PARTS.items():
         if any(mark in name for mark in marks):
             return part
-    if ndim < 2:
-        return "norms" if any(mark in name for mark in NORMS) or name.endswith("gain") else "others"
     return "experts" if re.search(r"(down|up)_embed", name) else matrices
 
 
