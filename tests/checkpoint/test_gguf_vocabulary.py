@@ -213,6 +213,7 @@ def test_a_metaspace_is_written_with_a_warning():
     assert metadata["tokenizer.ggml.add_space_prefix"] is True
 
 
+A = {"Sequence": {"id": "A", "type_id": 0}}
 REFUSED = {
     "unigram": (
         changed("ours", model={"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None}, added_tokens=[]),
@@ -229,6 +230,18 @@ REFUSED = {
     "around": (
         changed("ours", post_processor={"type": "BertProcessing", "sep": ["a", 1], "cls": ["b", 2]}),
         "template; got BertProcessing",
+    ),
+    "two before": (
+        changed(
+            "ours",
+            post_processor={
+                "type": "TemplateProcessing",
+                "single": [*[{"SpecialToken": {"id": name, "type_id": 0}} for name in SPECIALS[:2]], A],
+                "pair": [A, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for i, name in enumerate(SPECIALS)},
+            },
+        ),
+        r"before a text is the bos token; got \['<.endoftext.>', '<.user.>'\]",
     ),
     "no JSON": ("{", "must be read by tokenizers"),
 }

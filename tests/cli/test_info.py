@@ -16,6 +16,7 @@ from thrifty.cli.info import COLUMNS, zeros_chart
 from thrifty.runtime.measure import Size, write_random
 from thrifty.spec import gguf_encode
 
+WEIGHTS = "model.safetensors"
 SIZE = Size(64, 32, 48, 2, 2, 1)
 
 
@@ -85,8 +86,10 @@ def test_json_holds_the_parts_of_a_model(folder, capsys):
 @pytest.mark.parametrize("linear_class", ["autobitlinear", "bitlinear"])
 def test_zeros_are_counted_layer_by_layer(tmp_path, capsys, linear_class):
     packed = {"quant_method": "bitnet", "linear_class": linear_class, "quantization_mode": "offline"}
-    # More than ten layers: by name, 10 stands before 2.
     tiny = write_checkpoint(tmp_path / "model", num_hidden_layers=11, quantization_config=packed)
+    # transformers writes tensors by name: layer 10 stands before layer 2.
+    tensors = {name: Tensor(t.dtype, t.data.copy()) for name, t in open_safetensors(tiny.path / WEIGHTS).items()}
+    save_safetensors(tiny.path / WEIGHTS, dict(sorted(tensors.items())))
     model = facts_of(tiny.path, capsys)
     assert model["scales"].startswith("multiply" if linear_class == "autobitlinear" else "divide")
     for kind in ("self_attn.k_proj", "mlp.down_proj"):
@@ -246,6 +249,8 @@ def test_a_chart_keeps_within_80_columns_and_one_scale():
     assert list(columns) == sorted(columns)
     assert one.split()[-1] == "▅"
     assert zeros_chart({"all": 0.4, "layers": layers}, ascii_only=True).isascii()
+    means = zeros_chart({"all": 0.4, "layers": {"x": [0.2, 0.6] * COLUMNS, "y": [0.0, 0.7]}}).splitlines()[2]
+    assert means.split() == ["x", "40.0%", "▅" * COLUMNS]
 
 
 def test_what_is_no_model_is_named(tmp_path, capsys):

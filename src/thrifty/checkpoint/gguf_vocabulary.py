@@ -414,9 +414,7 @@ def _sentencepiece_rules(metadata: dict[str, Any], texts: list[str], kinds: np.n
         raise _unread(f"'{_KEY}scores' has a number for each of {len(texts)} tokens; got {scores.size}")
     vocab = {text: i for i, text in enumerate(texts) if kinds[i] != UNUSED}
     merged = [i for i in np.argsort(-scores, kind="stable").tolist() if kinds[i] == NORMAL]
-    pairs = [
-        pair for i in merged for pair in sorted(_halves(texts[i], vocab), key=lambda p: (vocab[p[0]], vocab[p[1]]))
-    ]
+    pairs = [pair for i in merged for pair in _halves(texts[i], vocab)]
     prefix = metadata.get(f"{_KEY}add_space_prefix", True)
     mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}

@@ -134,12 +134,11 @@ def _of_bytes(path: Path, name: str, data: np.ndarray) -> Callable[[], float]:
             piece = flat[start : start + _PIECE]
             # What fills up the last word are bytes of codes -1.
             words = np.pad(piece, (0, -piece.size % 8)).view(np.uint64) if piece.size % 8 else piece.view(np.uint64)
-            high = words >> np.uint64(1)
-            if (words & high & _LOW).any():
+            if (words & (words >> np.uint64(1)) & _LOW).any():
                 raise ThriftyError(
                     f"[checkpoint] weight codes are 0, 1 and 2; '{name}' of {path} has 3; download it again"
                 )
-            zeros += int(np.bitwise_count(words & ~high & _LOW).sum(dtype=np.int64))
+            zeros += int(np.bitwise_count(words & _LOW).sum(dtype=np.int64))
         return zeros / max(1, ROW_BLOCK.codes_per_byte * flat.size)
 
     return share
