@@ -1,6 +1,5 @@
 import os
 import struct
-import threading
 
 import gguf
 import numpy as np
@@ -193,22 +192,6 @@ def test_tensors_may_lie_in_another_order_than_they_are_listed(tmp_path):
     file = open_gguf(path)
     assert list(file.tensors) == ["x", "y"]
     np.testing.assert_array_equal(file.tensors["x"].data.view(np.float32), np.arange(8, 16))
-
-
-def test_a_tensor_may_come_in_pieces_and_is_made_when_its_turn_comes(tmp_path):
-    made, lock = [], threading.Lock()
-
-    def make(i):
-        with lock:
-            made.append(i)
-        for part in range(3):
-            yield np.full(4, 10 * i + part, np.float32)
-
-    tensors = [TensorToWrite(f"t{i}", "F32", (3, 4), lambda i=i: make(i)) for i in range(7)]
-    save_gguf(tmp_path / "a", {}, tensors)
-    assert sorted(made) == list(range(7))
-    for i, block in enumerate(open_gguf(tmp_path / "a").tensors.values()):
-        np.testing.assert_array_equal(block.data.view(np.float32)[::4], [10 * i, 10 * i + 1, 10 * i + 2])
 
 
 def test_few_tensors_are_made_before_they_are_written(tmp_path):

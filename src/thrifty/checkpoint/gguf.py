@@ -7,9 +7,7 @@ made of it. Source: ggml/docs/gguf.md.
 import math
 import mmap
 import struct
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from thrifty.checkpoint.atomic import atomic_file
+from thrifty.checkpoint.pipeline import made_in_order
 from thrifty.errors import ThriftyError
 from thrifty.spec import GGUF_BLOCKS
 
@@ -69,7 +68,7 @@ class GGUF:
 
 @dataclass(frozen=True, eq=False)
 class TensorToWrite:
-    """A tensor whose bytes are made when their turn comes: `make` gives an array, or several in turn.
+    """A tensor whose bytes are made when their turn comes.
 
     kind: one of `KIND_IDS`; shape: as numpy has it, columns last.
     """
@@ -77,7 +76,7 @@ class TensorToWrite:
     name: str
     kind: str
     shape: tuple[int, ...]
-    make: Callable[[], np.ndarray | Iterable[np.ndarray]]
+    make: Callable[[], np.ndarray]
 
     @property
     def nbytes(self) -> int:
@@ -155,16 +154,14 @@ def save_gguf(
     if len({tensor.name for tensor in tensors}) < len(tensors):
         raise ThriftyError(f"[gguf] tensors must have names of their own; some of {path} share one")
     header = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(values)) + b"".join(values) + b"".join(infos)
-    with ThreadPoolExecutor(2) as pool, atomic_file(path) as file:
+    with atomic_file(path) as file:
         file.write(header)
         file.write(bytes(-len(header) % int(alignment)))
-        for tensor, pieces in _made(pool, tensors):
-            done = 0
-            for piece in pieces:
-                done += file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        for tensor, data in zip(tensors, made_in_order(tensor.make for tensor in tensors), strict=True):
             size = tensor.nbytes
-            if done != size:
-                raise ThriftyError(f"[gguf] tensor '{tensor.name}' must have {size} bytes; got {done}")
+            if data.nbytes != size:
+                raise ThriftyError(f"[gguf] tensor '{tensor.name}' must have {size} bytes; got {data.nbytes}")
+            file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
             file.write(bytes(-size % int(alignment)))
             written(tensor.name)
 
@@ -375,30 +372,3 @@ def _info(tensor: TensorToWrite, offset: int) -> bytes:
         )
     n = len(tensor.shape)
     return name + struct.pack(f"<I{n}QIQ", n, *tensor.shape[::-1], KIND_IDS[tensor.kind], offset)
-
-
-def _made(
-    pool: ThreadPoolExecutor, tensors: list[TensorToWrite]
-) -> Iterator[tuple[TensorToWrite, Iterator[np.ndarray]]]:
-    """Each tensor and its pieces; its next piece, and the first ones of the next two tensors, are made meanwhile."""
-    streams = [_pieces(tensor) for tensor in tensors]
-    begun: deque[Future] = deque()
-    for i in range(len(tensors) + 2):
-        if i < len(tensors):
-            begun.append(pool.submit(next, streams[i], None))
-        if i >= 2:
-            yield tensors[i - 2], _in_turn(pool, streams[i - 2], begun.popleft())
-
-
-def _in_turn(pool: ThreadPoolExecutor, pieces: Iterator[np.ndarray], first: Future) -> Iterator[np.ndarray]:
-    while (piece := first.result()) is not None:
-        first = pool.submit(next, pieces, None)
-        yield piece
-
-
-def _pieces(tensor: TensorToWrite) -> Iterator[np.ndarray]:
-    made = tensor.make()
-    if isinstance(made, np.ndarray):
-        yield made
-    else:
-        yield from made
