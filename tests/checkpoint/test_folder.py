@@ -10,6 +10,10 @@ from thrifty.checkpoint import Tensor, expected_tensors, open_folder, open_safet
 from thrifty.checkpoint.folder import unpack_row_block
 from thrifty.spec import ROW_BLOCK, pack
 
+#: The rotary scaling of Llama 3.1.
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+
 
 def edit_config(path, **fields):
     config = json.loads((path / "config.json").read_text())
@@ -180,7 +184,16 @@ def test_a_config_that_does_not_match_its_tensors(folder, fields):
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "factor"),
+        ({"rope_parameters": LLAMA3 | {"factor": None}}, "factor"),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "high_freq_factor"),
+        (
+            {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 10**400}},
+            "original_max_position_embeddings",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "original_max_position_embeddings": "9"}},
+            "original_max_position_embeddings",
+        ),
         ({"rope_parameters": {"rope_theta": -1}}, "rope_theta"),
         ({"rope_parameters": [1]}, "rope_parameters"),
         ({"model_type": "thrifty", "token_mixers": ["attention", "mamba"]}, "token_mixers"),

@@ -272,7 +272,7 @@ class _Reader:
             raise self.error("expand_ratio", "be 1", self.fields["expand_ratio"])
         if self.boolean("tie_word_embeddings", False):
             raise self.error("tie_word_embeddings", "be false, as the head is ternary and the embedding is not", True)
-        two_thirds = int(self.integer("hidden_size") * self.integer("hidden_ratio", 4) * 2 / 3)
+        two_thirds = self.integer("hidden_size") * self.integer("hidden_ratio", 4) * 2 // 3
         inner, act = self.integer("intermediate_size", -(-two_thirds // 256) * 256), self.given("hidden_act", "swish")
         # No layer has heads, or rotary positions.
         shape = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2, "intermediate_size": inner}
@@ -311,10 +311,11 @@ class _Reader:
         """How frequencies are scaled, where they are; only Llama 3's way is known."""
         rope = self.rope()
         kind = rope.given("rope_type", rope.fields.get("type", "default"))
-        positions = rope.fields.get("original_max_position_embeddings", 0)
+        if kind == "default":
+            return None
+        positions = rope.integer("original_max_position_embeddings", None if kind == "llama3" else 1)
         # The published Doge begins to scale beyond the positions that it takes.
-        unscaled = kind == "dynamic" and positions >= self.integer("max_position_embeddings", 2048)
-        if kind == "default" or unscaled:
+        if kind == "dynamic" and positions >= self.integer("max_position_embeddings", 2048):
             return None
         if kind != "llama3":
             raise self.error("rope_type", "be 'default' or 'llama3'", kind)
@@ -322,7 +323,9 @@ class _Reader:
         factor, low, high = (rope.positive(name, 0.0) for name in names)
         if low >= high:
             raise rope.error("high_freq_factor", f"be above low_freq_factor ({low})", high)
-        return RopeScaling(factor, low, high, rope.integer("original_max_position_embeddings"))
+        if positions > MOST_POSITIONS:
+            raise rope.error("original_max_position_embeddings", f"be at most {MOST_POSITIONS}", positions)
+        return RopeScaling(factor, low, high, positions)
 
     def mixers(self, family: str, layers: int) -> tuple[str, ...]:
         """The token mixer of each layer, from the pattern `token_mixers`."""

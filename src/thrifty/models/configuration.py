@@ -165,7 +165,7 @@ class ThriftyConfig(PreTrainedConfig):
         if found not in FAMILIES and found not in OTHERS:
             raise ThriftyError(
                 f"[{cls.__name__}] reads model_type {', '.join((*FAMILIES, *OTHERS))}; got '{found}' in "
-                f"{pretrained_model_name_or_path}; load it with transformers"
+                f"{pretrained_model_name_or_path}; load it with transformers, or with thrifty.runtime"
             )
         family = FAMILIES.get(found, ThriftyConfig)
         fields = family.read_folder(fields)
