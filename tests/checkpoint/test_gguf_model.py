@@ -1,6 +1,7 @@
 """Whatever the metadata of a GGUF file are, a caller gets a model or a ThriftyError."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
-    fields = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    fields: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
     to_gguf(open_folder(write_checkpoint(folder / "source", **fields).path), folder / "model.gguf")
     return folder / "model.gguf"
 
