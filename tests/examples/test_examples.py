@@ -104,3 +104,18 @@ def test_the_walkthrough_runs_to_its_end(tmp_path):
     printed = run("doge_walkthrough", "--short", "--out", tmp_path)
     assert "| tuned |" in printed
     assert float(printed.split("differs by ")[1].split()[0]) < 1e-4
+
+
+def test_bert_learns_as_a_ternary_model_and_is_packed_without_a_change(tmp_path):
+    sizes = ("--hidden", 32, "--layers", 1, "--vocab", 300, "--length", 16, "--labels", 2)
+    printed = run("bert_ternary", "--steps", 30, *sizes, "--dense", "--out", tmp_path / "bert")
+    assert "bert.encoder.layer.0.attention.self.query" in printed
+    assert "the same bits as of the latent one" in printed
+    lines = (tmp_path / "bert.md").read_text().splitlines()[2:6]
+    table = {
+        name: [float(cell.strip("%")) for cell in cells[:2]]
+        for name, *cells in (row.strip("| ").split(" | ") for row in lines)
+    }
+    assert set(table) == {"dense", "ternary, untrained", "ternary, latent weights", "ternary, packed"}
+    assert table["ternary, packed"][0] == table["ternary, latent weights"][0] > 40
+    assert table["ternary, packed"][1] < table["dense"][1]
