@@ -43,6 +43,18 @@ VARIANTS = {
         "token_mixers": ["attention", "mlgru", "ssd", "dynamic_mask"],
         "num_hidden_layers": 4,
     },
+    "qwen": {
+        "norm_placement": "pre",
+        "attention_bias": True,
+        "attention_out_bias": False,
+        "attention_qk_norm": True,
+    },
+    "normed-linears": {
+        **DOGE,
+        "token_mixers": ["attention", "mlgru", "ssd", "dynamic_mask"],
+        "num_hidden_layers": 4,
+        "linear_norm_eps": 1e-6,
+    },
     "ugly": {"head_dim": 18, "intermediate_size": 250, "num_attention_heads": 3, "num_key_value_heads": 1},
 }
 
