@@ -31,7 +31,7 @@ from thrifty.train.tokenizer import train_tokenizer
 #: Ids in front of the tokenizer's: padding and [CLS].
 PAD, CLS, FIRST = 0, 1, 2
 #: What the packed model is asked in the end.
-QUESTION = "Schedule the coroutine on the event loop and wait until the future is done."
+QUESTION = "await the event loop until the future is done"
 
 
 @dataclass

@@ -199,6 +199,21 @@ def test_what_is_no_scale_is_refused(scale):
         packed.load_state_dict({**packed.state_dict(), "weight_scale": torch.tensor([scale])})
 
 
+def test_an_input_of_another_width_is_refused():
+    packed = packed_layer(64, 17, norm=None)
+    for cols in (0, 1, 63, 80, 4096):
+        with pytest.raises(ThriftyError, match=f"x must have 64 features; got {cols}"), torch.no_grad():
+            packed(torch.randn(2, cols))
+
+
+def test_tensors_without_memory_pass_through_a_packed_layer():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    packed = packed_layer(63, 17)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        assert packed(torch.randn(2, 63)).shape == (2, 17)
+
+
 def test_tells_the_shape_and_dtype_of_the_weight_it_was():
     packed = packed_layer(20, 12, bias=False)
     assert (packed.weight.shape, packed.weight.dtype) == ((12, 20), torch.float32)

@@ -91,7 +91,8 @@ class NativeBitLinear(nn.Module):
             x = self.rms_norm(x)
         if self.divides and x.dtype != torch.float32:
             return self._rounded(x)
-        y = ops.packed_linear(x, self.packed, self.out_features, self._multiplier, self._bias)
+        shape = self.out_features, self.in_features
+        y = ops.packed_linear(x, self.packed, shape, self._multiplier, self._bias)
         return y.to(x.dtype)
 
     def _rounded(self, x: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ class PackedBitLinear(nn.Module):
         # In float32 alone is the norm not rounded before the codes are taken.
         fused = self.norm == "rms" and x.dtype == torch.float32
         x_hat = x if fused else normalize(x, self.norm)
-        y = ops.packed_linear(x_hat, self.packed, self.out_features, self.weight_scale.float(), self.bias, fused)
+        shape = self.out_features, self.in_features
+        y = ops.packed_linear(x_hat, self.packed, shape, self.weight_scale.float(), self.bias, fused)
         device = x.device.type
         return y.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
 

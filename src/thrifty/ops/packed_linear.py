@@ -1,11 +1,13 @@
 """A packed layer evaluated: activations quantised and multiplied in two native calls."""
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from thrifty import native
+from thrifty.errors import ThriftyError
 from thrifty.ops.dispatch import use_native
 from thrifty.ops.quantize_per_token import quantize_per_token
 from thrifty.ops.ternary_matmul import FORMAT, ternary_matmul
@@ -13,24 +15,36 @@ from thrifty.spec.quantizers import EPS
 
 
 def packed_linear(
-    x: Tensor, packed: Tensor, rows: int, w_scale: Tensor, bias: Tensor | None = None, norm: bool = False
+    x: Tensor,
+    packed: Tensor,
+    shape: tuple[int, int],
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    norm: bool = False,
 ) -> Tensor:
     """y = ternary_matmul(*quantize_per_token(x), W) + bias, in float32, with x or, with norm, rms_norm(x).
 
-    x: [..., cols] of any floating dtype; packed: uint8 [bytes], from `pack_weight`; w_scale: float32 [1]; bias: [rows]
-    or None. Returns float32 [..., rows]; no gradient. The bits are those of the two ops; evaluated on a CPU without
-    gradients it costs a fraction of their calls, which is most of a product of one row.
+    x: [..., cols] of any floating dtype; packed: uint8 [bytes], from `pack_weight`, of a weight of shape [rows, cols];
+    w_scale: float32 [1]; bias: [rows] or None. Returns float32 [..., rows]; no gradient. The bits are those of the two
+    ops; evaluated on a CPU without gradients it costs a fraction of their calls, which is most of a product of one row.
+    Raises ThriftyError where x does not have the columns of the weight, or the bytes are not those of its shape.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad) or not use_native(x):
-        codes, scales = quantize_per_token(x.reshape(-1, x.shape[-1]), norm=norm)
+    rows, cols = shape
+    if x.shape[-1] != cols:
+        raise ThriftyError(f"[packed_linear] x must have {cols} features; got {x.shape[-1]}")
+    if not _is_direct(x):
+        codes, scales = quantize_per_token(x.reshape(-1, cols), norm=norm)
         return ternary_matmul(codes, scales, packed, rows, w_scale, bias).view(*x.shape[:-1], rows)
-    cols = x.shape[-1]
+    width, size = _padded(rows, cols)
+    if packed.numel() != size:
+        raise ThriftyError(
+            f"[packed_linear] {rows} x {cols} weights in '{FORMAT.name}' take {size} bytes; got {packed.numel()}"
+        )
     x32 = x.float().contiguous()
     n = math.prod(x.shape[:-1])
     y = torch.empty(*x.shape[:-1], rows)
     if n == 0:
         return y
-    width = FORMAT.padded(rows, cols)[1]
     codes = torch.empty(n * width, dtype=torch.int8)
     scales = torch.empty(n)
     b = None if bias is None else bias.float().contiguous()
@@ -40,3 +54,16 @@ def packed_linear(
         *(codes.data_ptr(), width, scales.data_ptr(), n, y.data_ptr()),
     )
     return y
+
+
+def _is_direct(x: Tensor) -> bool:
+    """Whether addresses of x may go to the native library, past torch, which may want to trace or differentiate."""
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and x.requires_grad) and use_native(x)
+
+
+@cache
+def _padded(rows: int, cols: int) -> tuple[int, int]:
+    """Columns with padding, and bytes of the matrix."""
+    return FORMAT.padded(rows, cols)[1], FORMAT.nbytes(rows, cols)
