@@ -255,6 +255,46 @@ def test_layers_whose_weight_is_read_elsewhere_are_left():
     assert not reads_weight(transformers.models.t5.modeling_t5.T5DenseActDense, "wo")
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("lm_head", "output head"),
+        ("cls.predictions.transform.dense", "output head"),
+        ("cls.seq_relationship", "output head"),
+        ("discriminator_predictions.dense", "output head"),
+        ("pre_classifier", "output head"),
+        ("fc", "output head"),
+        ("text_projection", "output head"),
+        ("layers.0.mlp.router.classifier", "router"),
+        ("layers.0.mlp.gate", "router"),
+        ("layers.0.mlp.shared_expert_gate", "router"),
+        ("layers.0.dt_proj", "router"),
+        ("layers.0.fc", None),
+        ("layers.0.mlp.gate_proj", None),
+        ("layers.0.mlp.gate_up_proj", None),
+        ("layers.0.heads_proj", None),
+        ("pooler.dense", None),
+    ],
+)
+def test_heads_and_routers_are_known_by_their_names(name, reason):
+    model = torch.nn.Module()
+    *parents, leaf = name.split(".")
+    owner = model
+    for part in parents:
+        child = torch.nn.Module()
+        owner.add_module(part, child)
+        owner = child
+    owner.add_module(leaf, torch.nn.Linear(8, 4))
+    model.add_module("other", torch.nn.Linear(8, 8))
+    record = nn.ternarize(model)
+    assert {layer.name: layer.note for layer in record.skipped} == ({name: reason} if reason else {})
+
+
+def test_the_gate_of_a_glu_is_no_router():
+    model = torch.nn.ModuleDict({"gate": torch.nn.Linear(8, 16)})
+    assert [layer.name for layer in nn.ternarize(model).replaced] == ["gate"]
+
+
 def test_torchs_fused_encoder_does_not_pass_the_layers_by():
     layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
     model = torch.nn.TransformerEncoder(layer, 2).eval()

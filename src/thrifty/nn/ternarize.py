@@ -20,12 +20,13 @@ from thrifty.ops.ternary_matmul import FORMAT
 #: alone, or a choice for each (its dotted name, the module).
 NormPlacement = Norm | Literal["sub_ln"] | Callable[[str, nn.Module], Norm]
 
-#: Output heads, by a part of their dotted names, and by the whole of it.
+#: Output heads, by a part of their dotted names, by how a part ends, and by the whole name.
 HEADS = {
-    *("lm_head", "classifier", "pre_classifier", "score", "qa_outputs", "embed_out", "head", "heads", "predictions"),
-    *("seq_relationship", "proj_out", "logits_proj", "vocab_projector", "vocab_transform", "class_labels_classifier"),
-    *("bbox_predictor", "class_predictor", "lm_logits", "output_projection", "summary", "enc_score_head"),
+    *("score", "qa_outputs", "embed_out", "head", "heads", "predictions", "seq_relationship", "proj_out", "lm_loss"),
+    *("logits_proj", "vocab_projector", "vocab_transform", "lm_logits", "output_projection", "summary"),
+    *("text_projection", "visual_projection"),
 }
+HEAD_ENDINGS = ("_head", "_predictions", "_prediction", "classifier", "predictor")
 ROOT_HEADS = {"fc", "output", "decoder", "generator"}
 #: What chooses experts, or scales a state: a last bit there decides what is computed.
 ROUTERS = {"router", "router_gate", "shared_expert_gate", "dt_proj", "queries", "to_queries"}
@@ -73,6 +74,28 @@ def ternarize(
         )
     if isinstance(also, str):
         raise ThriftyError(f"[ternarize] also must be a collection of names; got the text '{also}'; write ['{also}']")
+    chosen, skipped = _choose(model, where, norm, also)
+    replaced = []
+    for name, (module, place) in chosen.items():
+        _become_low_bit(module, weight, place)
+        replaced.append(Layer.of(name, module, f"norm {place}" if place else "no norm", FORMAT))
+    _keep_off_fast_paths(model)
+    return Replacements.of(model, weight, replaced, skipped)
+
+
+def replace_linears_in_hf(model: nn.Module) -> Replacements:
+    """`ternarize(model)`: the name that the function has in BitNet's own package.
+
+    In place, as there. There it returns None, draws the weights anew, drops biases, dtype and device, and replaces the
+    output head too; here they are kept, and the record of `ternarize` is returned.
+    """
+    return ternarize(model)
+
+
+def _choose(
+    model: nn.Module, where: Where | None, norm: NormPlacement, also: Collection[str]
+) -> tuple[dict[str, tuple[nn.Module, Norm]], list[Layer]]:
+    """The layers to replace with their norms, and the others."""
     chosen, skipped, asked = {}, [], False
     unknown = set(also)
     for name, module, reason, final in _candidates(model):
@@ -93,28 +116,14 @@ def ternarize(
         raise ThriftyError(f"[ternarize] also must name linear layers of the model; got '{min(unknown)}'")
     if not chosen and not asked:
         raise ThriftyError(f"[ternarize] a model must have a linear layer to replace; got {_found(model, skipped)}")
-    replaced = []
-    for name, (module, place) in chosen.items():
-        _become_low_bit(module, weight, place)
-        replaced.append(Layer.of(name, module, f"norm {place}" if place else "no norm", FORMAT))
-    _keep_off_fast_paths(model)
-    return Replacements.of(model, weight, replaced, skipped)
-
-
-def replace_linears_in_hf(model: nn.Module) -> Replacements:
-    """`ternarize(model)`: the name that the function has in BitNet's own package.
-
-    In place, as there. There it returns None, draws the weights anew, drops biases, dtype and device, and replaces the
-    output head too; here they are kept, and the record of `ternarize` is returned.
-    """
-    return ternarize(model)
+    return chosen, skipped
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, bool]]:
     """Linear layers: name, module, why it is left as it is (None: it need not be), and whether that is final."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for owner in model.modules():
-        for leaf, child in owner.named_children():
+        for leaf, child in owner._modules.items():
             owners.setdefault(id(child), []).append((owner, leaf))
     heads = _output_embeddings(model)
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
@@ -128,10 +137,10 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, 
         reason = _impossible(module)
         if reason is not None:
             yield name, module, reason, True
-        elif id(module) in heads or _is_head(name):
-            yield name, module, "output head", False
         elif _is_router(name, module):
             yield name, module, "router", False
+        elif id(module) in heads or _is_head(name):
+            yield name, module, "output head", False
         elif id(module._parameters["weight"]) in tables:
             yield name, module, "tied to an embedding", False
         else:
@@ -194,7 +203,7 @@ def _output_embeddings(model: nn.Module) -> set[int]:
 
 def _is_head(name: str) -> bool:
     parts = name.split(".")
-    return name in ROOT_HEADS or any(part in HEADS or part.endswith("_head") for part in parts)
+    return name in ROOT_HEADS or any(part in HEADS or part.endswith(HEAD_ENDINGS) for part in parts)
 
 
 def _is_router(name: str, module: nn.Module) -> bool:
@@ -262,6 +271,7 @@ def _keep_off_fast_paths(model: nn.Module) -> None:
 
 def _found(model: nn.Module, skipped: list[Layer]) -> str:
     if skipped:
-        return "; ".join(f"{layer.name or type(model).__name__} ({layer.note})" for layer in skipped[:5])
+        names = ", ".join(f"{layer.name or type(model).__name__} ({layer.note})" for layer in skipped[:5])
+        return f"{names}; `also` takes some by their names"
     kinds = sorted({type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None})
     return f"layers of the kinds {', '.join(kinds)}" if kinds else "a model without parameters"
