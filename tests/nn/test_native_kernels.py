@@ -108,6 +108,21 @@ def test_bitlinear_in_bfloat16_has_the_codes_that_its_compiled_quantizer_takes()
         assert torch.equal(swapped(module)(x), (codes * (1 / scale)).bfloat16())
 
 
+@pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cols", [63, 64])
+def test_rows_of_zeros_no_rows_and_other_widths(linear_class, dtype, cols):
+    ours = swapped(layer(linear_class, "offline", False, False, dtype, cols=cols))
+    with torch.no_grad():
+        assert torch.equal(ours(torch.zeros(2, 3, cols, dtype=dtype)), torch.zeros(2, 3, 20, dtype=dtype))
+        assert ours(torch.zeros(2, 0, cols, dtype=dtype)).shape == (2, 0, 20)
+        x = torch.randn(5, cols).to(dtype)
+        assert torch.equal(ours(x)[2:3], ours(x[2:3]))
+        for other in (1, cols - 1, cols + 1):
+            with pytest.raises(ThriftyError, match=f"x must have {cols} features; got {other}"):
+                ours(torch.zeros(2, other, dtype=dtype))
+
+
 def test_integers_are_exact():
     module = layer("autobitlinear", "offline", False, False, torch.float32)
     with torch.no_grad():

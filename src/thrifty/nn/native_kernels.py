@@ -97,12 +97,11 @@ class NativeBitLinear(nn.Module):
 
     def _rounded(self, x: Tensor) -> Tensor:
         """As `BitLinear` computes in less than float32: the scale of a token is rounded before the codes are taken."""
-        rows = x.reshape(-1, self.in_features)
-        scale = (127 / rows.abs().amax(-1, keepdim=True).float().clamp(min=1e-5)).to(x.dtype).float()
-        codes = (rows.float() * scale).round().clamp(-128, 127).to(torch.int8)
-        y = ops.ternary_matmul(
-            codes, scale.reciprocal()[:, 0], self.packed, self.out_features, self._multiplier, self._bias
-        )
+        rows = x.reshape(-1, x.shape[-1])
+        scale = (127 / rows.abs().amax(-1, keepdim=True).float().clamp_(min=1e-5)).to(x.dtype).float()
+        codes = rows.float().mul_(scale).round_().to(torch.int8)
+        shape = self.out_features, self.in_features
+        y = ops.packed_product(codes, scale.reciprocal_()[:, 0], self.packed, shape, self._multiplier, self._bias)
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _settle(self) -> None:

@@ -8,7 +8,7 @@ from thrifty.ops.bit_linear import KINDS, Kind, bit_linear, quantize_weight
 from thrifty.ops.dynamic_mask_attention import dynamic_mask_attention, kept_until, key_scores
 from thrifty.ops.glu import ACTIVATIONS, activation, glu
 from thrifty.ops.mlgru import mlgru
-from thrifty.ops.packed_linear import packed_linear
+from thrifty.ops.packed_linear import packed_linear, packed_product
 from thrifty.ops.product_key_experts import product_key_experts, product_key_topk
 from thrifty.ops.quantize_per_token import quantize_per_token, rms_norm
 from thrifty.ops.rope import apply_rope
@@ -30,6 +30,7 @@ __all__ = [
     "mlgru",
     "pack_weight",
     "packed_linear",
+    "packed_product",
     "product_key_experts",
     "product_key_topk",
     "quantize_per_token",
