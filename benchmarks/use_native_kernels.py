@@ -28,6 +28,7 @@ from transformers.integrations.bitnet import AutoBitLinear, BitLinear, pack_weig
 from transformers.models.bitnet.modeling_bitnet import BitNetRotaryEmbedding
 from transformers.utils.quantization_config import BitNetQuantConfig
 
+from thrifty import native
 from thrifty.nn import use_native_kernels
 
 LINEAR_CLASSES = ("autobitlinear", "bitlinear")
@@ -141,6 +142,9 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, nargs="*", default=[128])
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
+    if not native.available():
+        print("there is no native library to time")
+        return 0
     print(machine_line())
     print(f"{args.layers} layers, vocabulary {args.vocab}, torch with {torch.get_num_threads()} threads")
     print(f"{'':32} transformers       native")

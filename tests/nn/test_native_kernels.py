@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import warnings
 from typing import Any
 
@@ -221,6 +222,15 @@ def test_states_go_back_and_forth(linear_class, mode):
         ours.load_state_dict({"weight_scale": torch.ones(1)})
     with pytest.raises(RuntimeError, match=r"must be finite and not 0; got 0\.0"):
         ours.load_state_dict({**ours.state_dict(), "weight_scale": torch.zeros(1)})
+
+
+def test_a_native_layer_is_copied_and_pickled():
+    ours = swapped(layer("bitlinear", "offline", True, True, torch.float32))
+    x = torch.randn(4, 63)
+    with torch.no_grad():
+        for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert torch.equal(other(x), ours(x))
+            assert other.state_dict().keys() == ours.state_dict().keys()
 
 
 def test_rows_that_four_does_not_divide_are_stored_as_transformers_reads_them():
