@@ -206,6 +206,14 @@ def test_several_templates_keep_their_names():
     assert tokenizer_config(metadata)["chat_template"] == named
 
 
+def test_only_templates_that_are_texts_count():
+    _, metadata = made("ours", chat_template=[{"name": "tool_use", "template": "b"}])
+    assert tokenizer_config(metadata)["chat_template"] == [{"name": "tool_use", "template": "b"}]
+    odd = metadata | {"tokenizer.chat_template": np.uint32(3)}
+    assert tokenizer_config(odd)["chat_template"] == [{"name": "tool_use", "template": "b"}]
+    assert "chat_template" not in tokenizer_config({"tokenizer.chat_template": np.uint32(3)})
+
+
 def test_a_metaspace_is_written_with_a_warning():
     text = changed("llama2", normalizer=None, pre_tokenizer={"type": "Metaspace", "replacement": "▁", "split": False})
     with pytest.warns(ThriftyWarning, match="space before each piece of text"):
@@ -252,6 +260,25 @@ def test_what_llama_cpp_has_no_word_for_is_refused(case):
     text, reason = REFUSED[case]
     with pytest.raises(ThriftyError, match=rf"^\[gguf\] .*{reason}"):
         export(text)
+
+
+@pytest.mark.parametrize("kind", ["ours", "llama2"])
+@pytest.mark.parametrize(
+    "trait", [{"dropout": 0.1}, {"end_of_word_suffix": "</w>"}, {"continuing_subword_prefix": "##"}], ids=str
+)
+def test_a_bpe_that_llama_cpp_does_not_have_is_refused(kind, trait):
+    fields = json.loads(KINDS[kind][0]().to_str())
+    # Without merges, which tokenizers looks for under other names then.
+    fields["model"] |= trait | {"merges": []}
+    with pytest.raises(ThriftyError, match=rf"a BPE has no {next(iter(trait))}; got"):
+        export(json.dumps(fields))
+
+
+def test_pieces_that_ignore_merges_are_refused():
+    fields = json.loads(sentencepiece().to_str())
+    fields["model"]["ignore_merges"] = True
+    with pytest.raises(ThriftyError, match=r"come of merges alone; .* as they are"):
+        export(json.dumps(fields))
 
 
 def test_pieces_that_no_merge_makes_are_refused():
@@ -318,9 +345,10 @@ def test_any_metadata_give_a_tokenizer_or_an_error():
         ]
         for key in keys * 10:
             metadata = whole | {key: odd[rng.integers(len(odd))]}
-            for read in (tokenizer_json, tokenizer_config):
+            bare = {k: v for k, v in metadata.items() if k != vocabulary.TOKENIZER_CONFIG}
+            for read, given in ((tokenizer_json, metadata), (tokenizer_config, metadata), (tokenizer_config, bare)):
                 try:
-                    read(metadata)
+                    read(given)
                     outcomes.add("read")
                 except ThriftyError:
                     outcomes.add("refused")
@@ -332,6 +360,23 @@ def test_pieces_without_scores_are_refused():
     del metadata[vocabulary.TOKENIZER], metadata["tokenizer.ggml.scores"]
     with pytest.raises(ThriftyError, match=r"'tokenizer\.ggml\.scores' has a number for each"):
         tokenizer_json(metadata)
+
+
+def test_pieces_have_the_special_tokens_that_llama_cpp_takes_for_unnamed_ones():
+    tokenizer, metadata = made("llama2")
+    for key in list(metadata):
+        if key in (vocabulary.TOKENIZER, vocabulary.TOKENIZER_CONFIG) or key.endswith("_token_id"):
+            del metadata[key]
+    text = tokenizer_json(metadata)
+    assert text is not None
+    assert Tokenizer.from_str(text).encode("hello").ids == tokenizer.encode("hello").ids
+    fields = tokenizer_config(metadata)
+    assert [fields[name] for name in ("bos_token", "eos_token", "unk_token")] == ["<s>", "</s>", "<unk>"]
+    assert "pad_token" not in fields
+    metadata["tokenizer.ggml.add_eos_token"] = True
+    assert Tokenizer.from_str(tokenizer_json(metadata) or "").encode("hello").ids[-1] == 2
+    # Byte-level vocabularies have no such defaults here.
+    assert "bos_token" not in tokenizer_config({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]})
 
 
 def test_a_file_without_a_vocabulary_has_no_tokenizer():

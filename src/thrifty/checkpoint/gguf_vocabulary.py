@@ -22,6 +22,8 @@ _KEY = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 #: GGUF's names of special tokens, and transformers'.
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+#: llama.cpp's ids of those that a vocabulary of pieces does not name.
+_DEFAULTS = {"unknown": 0, "bos": 1, "eos": 2}
 #: What stands for a space where pieces are those of SentencePiece.
 SPACE = "▁"
 
@@ -85,6 +87,9 @@ def vocabulary_metadata(
             raise _refused(f"tokens are found as they stand; '{token['content']}' has {traits[0]}")
     if model["type"] != "BPE":
         raise _refused(f"vocabularies are BPE; got {model['type']}")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model[name]:
+            raise _refused(f"a BPE has no {name}; got {model[name]!r}")
     ids = model["vocab"] | {token["content"]: token["id"] for token in added}
     last = max(ids.values(), default=-1)
     if last >= vocab_size:
@@ -117,7 +122,7 @@ def tokenizer_json(metadata: dict[str, Any]) -> str | None:
     byte_level = kind == "gpt2"
     cut = _cut_of(metadata, texts) if byte_level else _Cut((), add_bos=True)
     vocab = {text: i for i, text in enumerate(texts) if kinds[i] != UNUSED}
-    unknown = texts[int(metadata.get(f"{_KEY}unknown_token_id", 0))] if not byte_level else None
+    unknown = None if byte_level else texts[_special_id(metadata, "unknown")]
     rules = _byte_level_rules(metadata, cut) if byte_level else _sentencepiece_rules(metadata, texts, kinds)
     model = {
         "type": "BPE",
@@ -152,15 +157,17 @@ def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
         texts = texts if isinstance(texts, list) else []
         fields = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         for name, field in SPECIAL.items():
-            token = metadata.get(f"{_KEY}{name}_token_id")
-            if isinstance(token, np.integer) and 0 <= token < len(texts):
+            token = _special_id(metadata, name)
+            if isinstance(token, int | np.integer) and 0 <= token < len(texts):
                 fields[field] = texts[int(token)]
     listed = metadata.get(TEMPLATES)
     listed = listed if isinstance(listed, list) else []
     names = [name for name in listed if isinstance(metadata.get(f"{TEMPLATE}.{name}"), str)]
     if names:
         named = [{"name": name, "template": metadata[f"{TEMPLATE}.{name}"]} for name in names]
-        fields["chat_template"] = [{"name": "default", "template": metadata.get(TEMPLATE, "")}, *named]
+        default = metadata.get(TEMPLATE)
+        first = [{"name": "default", "template": default}] if isinstance(default, str) else []
+        fields["chat_template"] = [*first, *named]
     elif isinstance(metadata.get(TEMPLATE), str):
         fields["chat_template"] = metadata[TEMPLATE]
     return fields
@@ -189,9 +196,6 @@ def _byte_level(tokenizer: dict[str, Any], metadata: dict[str, Any]) -> dict[str
     normalizer = tokenizer["normalizer"]
     if normalizer is not None and normalizer.get("type") != "NFC":
         raise _refused(f"text is taken as it stands; the tokenizer normalizes by {normalizer.get('type')}")
-    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-        if model.get(name):
-            raise _refused(f"a BPE has no {name}; got {model[name]!r}")
     regexes = tuple(_regexes(tokenizer["pre_tokenizer"]))
     ignores = model["ignore_merges"]
     name = next((n for n, cut in _CUTS.items() if (cut.regexes, cut.ignore_merges) == (regexes, ignores)), None)
@@ -229,6 +233,10 @@ def _regexes(rule: dict[str, Any] | None) -> Iterator[str]:
 def _sentencepiece(tokenizer: dict[str, Any], ids: dict[str, int], metadata: dict[str, Any]) -> dict[str, Any]:
     """Adds what BPE in the manner of SentencePiece has: scores that order the tokens by when they are merged."""
     model, added = tokenizer["model"], tokenizer["added_tokens"]
+    if model["ignore_merges"]:
+        raise _refused(
+            "pieces with byte fallback come of merges alone; the tokenizer takes words which are tokens as they are"
+        )
     prefix = _space_prefix(tokenizer)
     loose = next((token["content"] for token in added if token["normalized"]), None)
     if loose is not None:
@@ -372,10 +380,17 @@ def _tokens(metadata: dict[str, Any]) -> tuple[list[str], np.ndarray]:
     if kinds.shape != (len(texts),):
         raise _unread(f"'{_KEY}token_type' has a number for each of {len(texts)} tokens; got {kinds.size}")
     for name in SPECIAL:
-        token = metadata.get(f"{_KEY}{name}_token_id", 0)
-        if not 0 <= token < len(texts):
+        token = _special_id(metadata, name)
+        if token is not None and not 0 <= token < len(texts):
             raise _unread(f"'{_KEY}{name}_token_id' is one of {len(texts)} tokens; got {token}")
     return texts, kinds
+
+
+def _special_id(metadata: dict[str, Any], name: str) -> Any:
+    """The id of a special token, as it stands there or by default; None where there is neither."""
+    kind = metadata.get(f"{_KEY}model")
+    pieces = isinstance(kind, str) and kind == "llama"
+    return metadata.get(f"{_KEY}{name}_token_id", _DEFAULTS.get(name) if pieces else None)
 
 
 def _cut_of(metadata: dict[str, Any], texts: list[str]) -> _Cut:
@@ -434,7 +449,7 @@ def _post_processor(metadata: dict[str, Any], texts: list[str], add_bos: bool) -
     around: dict[str, list[dict[str, Any]]] = {"bos": [], "eos": []}
     named: dict[str, dict[str, Any]] = {}
     for name, default in (("bos", add_bos), ("eos", False)):
-        token = metadata.get(f"{_KEY}{name}_token_id")
+        token = _special_id(metadata, name)
         if token is not None and metadata.get(f"{_KEY}add_{name}_token", default):
             text = texts[int(token)]
             around[name] = [{"SpecialToken": {"id": text, "type_id": 0}}]
