@@ -78,6 +78,15 @@ def test_code_three_is_refused(folder, digit):
         open_folder(folder).codes(name, 80)
 
 
+def test_a_scale_whose_reciprocal_is_infinite_is_refused(tmp_path):
+    path = write_checkpoint(tmp_path / "model", quantization_config=PACKED | {"linear_class": "bitlinear"}).path
+    name = "model.layers.1.mlp.up_proj"
+    scale = Tensor.of(np.full(1, 1e-45, np.float32), "F32")
+    edit_tensors(path, lambda tensors: tensors.update({f"{name}.weight_scale": scale}))
+    with pytest.raises(ThriftyError, match="positive and finite"):
+        open_folder(path).codes(name, 80)
+
+
 @pytest.mark.parametrize("value", [0, -1, np.nan, np.inf])
 def test_an_invalid_scale_is_refused(folder, value):
     name = "model.layers.1.mlp.up_proj"
@@ -212,7 +221,8 @@ def test_a_config_that_does_not_match_its_tensors(folder, fields):
         ({"model_type": "thrifty", "norm_placement": "post"}, "norm_placement"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quant_method"),
         ({"quantization_config": PACKED | {"linear_class": "other"}}, "linear_class"),
-        ({"quantization_config": PACKED | {"modules_to_not_convert": ["q_proj"]}}, "modules_to_not_convert"),
+        ({"quantization_config": PACKED | {"modules_to_not_convert": ["lm_head", "q_proj"]}}, "modules_to_not_convert"),
+        ({"quantization_config": PACKED | {"modules_to_not_convert": []}}, "modules_to_not_convert"),
     ],
 )
 def test_a_config_that_cannot_be_run_names_the_field(folder, fields, field):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers_folders import CONVENTIONS, FAMILIES, TOKENS, check_parity, eager_bitnet, write_folder
 
 from thrifty import ThriftyError
@@ -44,6 +45,13 @@ def test_gguf_there_and_back_computes_the_same(family, convention, tmp_path):
     logits = load(tmp_path / "source").logits(TOKENS)
     for path in ("model.gguf", "back"):
         np.testing.assert_array_equal(load(tmp_path / path).logits(TOKENS), logits)
+    # Loaded as it is, whatever the dtypes of the tensors of a GGUF file are.
+    linear_class = "bitlinear" if family in ("llama-bias", "qwen2") else "autobitlinear"
+    to_transformers(open_model(tmp_path / "model.gguf"), tmp_path / "plain", linear_class)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        theirs = model(torch.tensor([TOKENS])).logits[0].float().numpy()
+    assert np.corrcoef(theirs.ravel(), logits.ravel())[0, 1] > 0.99
     if convention == "divides":
         before, after = open_folder(tmp_path / "source").tensors, open_folder(tmp_path / "back").tensors
         for name in before:
@@ -52,7 +60,7 @@ def test_gguf_there_and_back_computes_the_same(family, convention, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "convention", "reason"),
-    [("llama", "normed-divides", "a norm of its own"), ("llama3-rope", "divides", "are scaled")],
+    [("llama", "normed-divides", "norms of their own"), ("llama3-rope", "divides", "are scaled")],
 )
 def test_gguf_is_refused_where_llama_cpp_computes_otherwise(family, convention, reason, tmp_path):
     write_folder(tmp_path, family, convention, intermediate_size=512)

@@ -136,8 +136,8 @@ def test_i2_s_of_microsofts_fork_is_read(file, tmp_path):
 
 def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
     fields = {
-        "computes SiLU where the model has relu2": {"hidden_act": "relu2"},
-        "tied to the embedding": {"tie_word_embeddings": False},
+        "has relu2 where llama.cpp computes SiLU": {"hidden_act": "relu2"},
+        "head is not the embedding": {"tie_word_embeddings": False},
         "are not ternary": {"linear": "binary"},
         r"have biases \(self_attn\.q_proj, ": {"attention_bias": True},
         "no attention and gated feed-forward": {"feed_forward": "mlp"},
@@ -150,6 +150,24 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
     assert not (tmp_path / "model.gguf").exists()
     to_gguf(open_folder(tmp_path / "0"), tmp_path / "model.gguf", any_activation=True)
     assert open_model(tmp_path / "model.gguf").config.hidden_act == "relu2"
+
+
+def test_a_vocabulary_is_not_left_out_in_silence(tmp_path):
+    path = source(tmp_path / "source", "bitnet")
+    (path / "tokenizer.json").unlink()
+    assert "no vocabulary" in to_gguf(open_folder(path), tmp_path / "model.gguf").notes[0]
+    (path / "tokenizer.model").write_bytes(b"pieces")
+    with pytest.raises(ThriftyError, match=r"tokenizer\.model alone"):
+        to_gguf(open_folder(path), tmp_path / "other.gguf")
+
+
+def test_mistral_comes_back_as_mistral(tmp_path):
+    path = write_checkpoint(tmp_path / "source", **SIZES, model_type="llama").path
+    config = json.loads((path / "config.json").read_text()) | {"model_type": "mistral"}
+    (path / "config.json").write_text(json.dumps(config))
+    to_gguf(open_folder(path), tmp_path / "model.gguf")
+    fields = open_model(tmp_path / "model.gguf").json("config.json")
+    assert (fields["model_type"], fields["architectures"]) == ("mistral", ["MistralForCausalLM"])
 
 
 def test_a_file_that_is_there_stays(file):
@@ -174,6 +192,12 @@ def test_damaged_or_foreign_files_are_refused(file, tmp_path):
     refused("must have shape", blk_0_ffn_down_weight=Block("TQ2_0", (512, 256), block.data))
     dense = np.zeros((256, 512), np.float16).view(np.uint8).reshape(-1)
     refused("all be ternary or all dense", blk_0_ffn_down_weight=Block("F16", block.shape, dense))
+    refused("all be ternary or all dense", blk_0_attn_q_weight=Block("F16", (256, 256), dense[: 256 * 512]))
+    embedding = np.resize(block.data, 300 * 66)
+    refused("no tensors but the linears", token_embd_weight=Block("TQ2_0", (300, 256), embedding))
+    for key, value in {"rope.dimension_count": 32, "attention.sliding_window": 16, "expert_count": 4}.items():
+        refused(f"'bitnet.{key}' must be absent or", {f"bitnet.{key}": np.uint32(value)})
+    refused("'bitnet.attention.scale' must be absent or", {"bitnet.attention.scale": np.float32(0.5)})
     refused("architectures read here", {"general.architecture": "mamba"})
     refused("'bitnet.block_count' must be a number", {"bitnet.block_count": "two"})
     refused("num_hidden_layers is 4000000000", {"bitnet.block_count": np.uint32(4_000_000_000)})
@@ -193,7 +217,7 @@ def test_an_embedding_and_a_head_in_q8_0_compute_what_their_floats_do(tmp_path, 
         model = open_model(tmp_path / "model.gguf")
         assert model.tensors[EMBEDDING].dtype == "Q8_0"
         assert model.tensors[EMBEDDING].shape == (300, 256)
-        to_transformers(model, tmp_path / "floats", dtype="F32")
+        to_transformers(model, tmp_path / "floats", dtype="float32")
         for bits in (None, 8):
             stored, floats = (load(tmp_path / file, head_bits=bits) for file in ("model.gguf", "floats"))
             np.testing.assert_array_equal(stored.logits(TOKENS), floats.logits(TOKENS))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models.suite import QUANTISED, small_model
 from tiny_checkpoints import PACKED, write_checkpoint
 from transformers_folders import eager_bitnet, transformers_model
 
@@ -14,6 +15,7 @@ from thrifty import ThriftyError
 from thrifty.checkpoint import Tensor, open_folder, open_safetensors, save_safetensors
 from thrifty.checkpoint.folder import reciprocal
 from thrifty.convert import to_transformers
+from thrifty.models import save_packed
 from thrifty.runtime import load
 
 TOKENS = np.random.default_rng(5).integers(0, 300, 100).tolist()
@@ -63,7 +65,7 @@ def assert_parity(got: np.ndarray, expected: np.ndarray) -> None:
 def test_plain_transformers_computes_what_the_runtime_does(tmp_path, name, linear_class):
     path = source(tmp_path / "source", name)
     # In float32: asked for another dtype, its loader widens the codes alone and leaves the rest as it is stored.
-    to_transformers(open_folder(path), tmp_path / "output", linear_class, "F32")
+    to_transformers(open_folder(path), tmp_path / "output", linear_class, dtype="float32")
     config = json.loads((tmp_path / "output" / "config.json").read_text())
     assert config["model_type"] == SOURCES[name][1]
     expected = load(path).logits(TOKENS)
@@ -104,8 +106,48 @@ def test_names_of_1bitllm_become_those_of_transformers(tmp_path):
     config = json.loads((path / "config.json").read_text())
     del config["quantization_config"]
     (path / "config.json").write_text(json.dumps(config | {"model_type": "llama", "weight_bits": 1, "input_bits": 8}))
-    to_transformers(open_folder(path), tmp_path / "output", dtype="F32")
+    to_transformers(open_folder(path), tmp_path / "output", dtype="float32")
     assert_parity(their_logits(tmp_path / "output"), load(path).logits(TOKENS))
+
+
+@pytest.mark.parametrize("linear_class", ["autobitlinear", "bitlinear"])
+@pytest.mark.parametrize("mixture", QUANTISED)
+def test_every_mixture_of_this_package_stays_what_it_computes(tmp_path, mixture, linear_class):
+    save_packed(small_model(mixture), tmp_path / "source")
+    to_transformers(open_folder(tmp_path / "source"), tmp_path / "output", linear_class)
+    tokens = TOKENS[:20] if max(TOKENS[:20]) < 90 else [token % 90 for token in TOKENS[:20]]
+    expected = load(tmp_path / "source").logits(tokens)
+    np.testing.assert_array_equal(load(tmp_path / "output").logits(tokens), expected)
+
+
+def test_a_head_in_the_file_counts_though_the_config_ties_it(tmp_path):
+    path = write_checkpoint(tmp_path / "source", tie_word_embeddings=False).path
+    config = json.loads((path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (path / "config.json").write_text(json.dumps(config))
+    assert not open_folder(path).config.tie_word_embeddings
+    to_transformers(open_folder(path), tmp_path / "output", dtype="float32")
+    assert_parity(their_logits(tmp_path / "output"), load(path).logits(TOKENS))
+    tensors = open_safetensors(path / "model.safetensors")
+    same = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    save_safetensors(path / "model.safetensors", same)
+    assert open_folder(path).config.tie_word_embeddings
+
+
+def test_a_float16_that_would_be_infinite_is_refused(tmp_path):
+    path = source(tmp_path / "source", "bitnet")
+    tensors = open_safetensors(path / "model.safetensors")
+    large = Tensor.of(np.full(48, 1e5, np.float32))
+    save_safetensors(path / "model.safetensors", tensors | {"model.norm.weight": large})
+    with pytest.raises(ThriftyError, match="float16 ends at 65504"):
+        to_transformers(open_folder(path), tmp_path / "output", dtype="float16")
+    to_transformers(open_folder(path), tmp_path / "output")
+    assert json.loads((tmp_path / "output" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_conversion_onto_its_source_is_refused(tmp_path):
+    path = source(tmp_path / "source", "bitnet")
+    with pytest.raises(ThriftyError, match="another place than the source"):
+        to_transformers(open_folder(path), path, overwrite=True)
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.0123, 3.1e-5, 1.7])

@@ -255,11 +255,13 @@ class _Reader:
         reader.one_of("quant_method", ("bitnet",))
         linear_class = reader.one_of("linear_class", ("bitlinear", "autobitlinear"), "bitlinear")
         mode = reader.one_of("quantization_mode", ("online", "offline"), "offline")
-        kept = reader.given("modules_to_not_convert", [])
-        if not isinstance(kept, list) or any(
-            name not in ("lm_head", "model.embed_tokens", "embed_tokens") for name in kept
-        ):
-            raise reader.error("modules_to_not_convert", "list nothing but the output head and embedding", kept)
+        kept = reader.fields.get("modules_to_not_convert")
+        # Where it is null transformers leaves out the head by itself, and else nothing but what is listed.
+        head = kept is None or (isinstance(kept, list) and "lm_head" in kept)
+        if not head or any(name not in ("lm_head", "model.embed_tokens", "embed_tokens") for name in kept or []):
+            raise reader.error(
+                "modules_to_not_convert", "list the output head, and nothing but it and embeddings", kept
+            )
         if linear_class == "autobitlinear":
             return "latent" if mode == "online" else "multiplies"
         return "divides"

@@ -1,7 +1,7 @@
 """A checkpoint folder, opened and held against its own config."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import numpy as np
 from thrifty.checkpoint.config import DecoderConfig, parse_json, read_config, read_json
 from thrifty.checkpoint.families import our_name
 from thrifty.checkpoint.latent import multiplied_codes, rounded_scale, scaled_codes, transformers_factor
-from thrifty.checkpoint.names import HEAD, expected_tensors
+from thrifty.checkpoint.names import EMBEDDING, HEAD, expected_tensors
 from thrifty.checkpoint.safetensors import FLOATS, Tensor, open_safetensors
 from thrifty.errors import ThriftyError
 from thrifty.spec import binary_codes, round_bf16
@@ -89,7 +89,7 @@ class Folder:
     def multiplier(self, linear: str) -> np.float32:
         """The scale that multiplies the codes of a linear. Raises ThriftyError where it is invalid."""
         if self.config.storage == "divides":
-            return reciprocal(self._scale(linear))
+            return self._valid(linear, "weight_scale", reciprocal(self._scale(linear)))
         if self.config.storage == "multiplies" or f"{linear}.weight_scale" in self.tensors:
             return self._scale(linear)
         rounded = self.config.latent_scale == "bfloat16"
@@ -138,6 +138,12 @@ def open_folder(path: str | Path) -> Folder:
         raise ThriftyError(f"[checkpoint] a model is a folder with config.json in it; {path} {what}; check the path")
     config = read_config(path / "config.json")
     tensors = _renamed(path, open_tensors(path), config)
+    if config.tie_word_embeddings and HEAD in tensors:
+        if _are_same(tensors[HEAD], tensors.get(EMBEDDING)):
+            del tensors[HEAD]
+        else:
+            # As transformers, which believes the tensors.
+            config = replace(config, tie_word_embeddings=False)
     check_tensors(path, tensors, config)
     return Folder(path, config, tensors)
 
@@ -147,8 +153,8 @@ def reciprocal(scale: np.float32) -> np.float32:
 
     A scale that was stored as 1 / s in float32 so comes back as the very s; 1 / (1 / s) can miss it by a bit.
     """
-    plain = np.float32(1) / scale
     with np.errstate(over="ignore"):
+        plain = np.float32(1) / scale
         short = (np.float32(round_bf16(plain)), np.float32(np.float16(plain)))
     return next((s for s in short if s != 0 and np.float32(1) / s == scale), plain)
 
@@ -190,13 +196,16 @@ def _renamed(path: Path, tensors: dict[str, Tensor], config: DecoderConfig) -> d
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         ours = our_name(config.family, name)
-        # transformers ties the head to the embedding whatever a file has in its place.
-        if ours is None or (ours == HEAD and config.tie_word_embeddings):
+        if ours is None:
             continue
         if ours in renamed:
             raise _mismatch(path, f"tensor '{name}' is there under another name too")
         renamed[ours] = tensor
     return _split_gate_up(renamed, config.intermediate_size) if config.fused_gate_up else renamed
+
+
+def _are_same(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a.data, b.data)
 
 
 def _split_gate_up(tensors: dict[str, Tensor], rows: int) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from thrifty.checkpoint.gguf import GGUF, Block, open_gguf
 from thrifty.checkpoint.gguf_vocabulary import tokenizer_config, tokenizer_json
 from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD, linear_shapes
 from thrifty.checkpoint.safetensors import DTYPES, Tensor
+from thrifty.checkpoint.transformers_config import CLASSES
 from thrifty.errors import ThriftyError
 from thrifty.spec import GGUF_TERNARY, gguf_block_scales, gguf_decode
 
@@ -152,16 +153,23 @@ def _check(path: Path, blocks: Mapping[str, Block], config: DecoderConfig) -> No
     """Raises ThriftyError where the tensors are not those of the config, or some of its linears are ternary only."""
     described = {name: _Described(_float_name(block.kind), block.shape) for name, block in blocks.items()}
     check_tensors(path, described, replace(config, linear="dense"))
-    if config.linear == "dense":
-        return
-    for layer in range(config.num_hidden_layers):
-        for linear in linear_shapes(config, layer):
-            kind = blocks[f"model.layers.{layer}.{linear}.weight"].kind
-            if kind not in GGUF_TERNARY:
-                raise ThriftyError(
-                    f"[gguf] linears must all be ternary or all dense; layer {layer}'s {linear} of {path} is {kind} "
-                    "and others are ternary; convert the original again"
-                )
+    linears = {
+        f"model.layers.{layer}.{linear}.weight"
+        for layer in range(config.num_hidden_layers)
+        for linear in linear_shapes(config, layer)
+    }
+    for name, block in blocks.items():
+        ternary = block.kind in GGUF_TERNARY
+        if ternary and name not in linears:
+            raise ThriftyError(
+                f"[gguf] no tensors but the linears of layers are ternary; '{name}' of {path} is {block.kind}; take a "
+                "file whose embedding and head have 8 bits or more"
+            )
+        if not ternary and name in linears and config.linear == "ternary":
+            raise ThriftyError(
+                f"[gguf] linears must all be ternary or all dense; '{name}' of {path} is {block.kind} and others are "
+                "ternary; convert the original again"
+            )
 
 
 class _Described(NamedTuple):
@@ -205,12 +213,15 @@ def _fields(file: GGUF, blocks: Mapping[str, Block]) -> dict[str, Any]:
     reader = _Metadata(file, architecture)
     if EMBEDDING not in blocks or len(blocks[EMBEDDING].shape) != 2:
         raise ThriftyError(f"[gguf] a decoder has a matrix 'token_embd.weight'; {file.path} has none; get it again")
-    first = blocks.get("model.layers.0.self_attn.q_proj.weight")
-    ternary = first is not None and first.kind in GGUF_TERNARY
+    ternary = any(block.kind in GGUF_TERNARY for block in blocks.values())
     scaling = reader.text("rope.scaling.type", "none")
     if scaling not in ("none", "linear") or reader.number("rope.scaling.factor", 1.0) != 1:
         raise ThriftyError(f"[gguf] rotary positions are read unscaled; {file.path} scales them ({scaling})")
+    stored = _stored(file, CONFIG)
+    if stored.get("model_type") == "mistral" and model_type == "llama":
+        model_type = "mistral"
     fields = {
+        "architectures": [CLASSES[model_type]],
         "model_type": model_type,
         "vocab_size": blocks[EMBEDDING].shape[0],
         "hidden_size": reader.number("embedding_length"),
@@ -232,9 +243,10 @@ def _fields(file: GGUF, blocks: Mapping[str, Block]) -> dict[str, Any]:
     head_dim = reader.number("attention.key_length", None)
     if head_dim is not None:
         fields["head_dim"] = head_dim
+    reader.refuse_others(head_dim, fields)
     if ternary:
         fields["quantization_config"] = {"quant_method": "bitnet", "linear_class": "autobitlinear"}
-    return _stored(file, CONFIG) | fields
+    return stored | fields
 
 
 def _shortest(value: Any) -> Any:
@@ -282,6 +294,28 @@ class _Metadata:
         if not isinstance(value, str):
             raise self._error(name, f"a text; got {type(value).__name__}")
         return value
+
+    def refuse_others(self, head_dim: int | None, fields: Mapping[str, Any]) -> None:
+        """Raises ThriftyError for a value that would change what is computed, and is not read."""
+        heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
+        width = head_dim if head_dim is not None else hidden // heads if isinstance(heads, int) and heads else None
+        neutral = {
+            "rope.dimension_count": width,
+            "attention.value_length": width,
+            "attention.causal": True,
+            "attention.scale": 0,
+            "rope.scale_linear": 1,
+            "logit_scale": 1,
+            "residual_scale": 1,
+            "embedding_scale": 1,
+            "expert_count": 0,
+            "attention.sliding_window": 0,
+        }
+        for name, value in neutral.items():
+            given = self._file.metadata.get(f"{self._architecture}.{name}")
+            window = name == "attention.sliding_window" and given == fields["max_position_embeddings"]
+            if given is not None and not window and (not np.isscalar(given) or given != value):
+                raise self._error(name, f"absent or {value}, as nothing else is computed here; got {given}")
 
     def _value(self, name: str, default: tuple[Any, ...]) -> Any:
         value = self._file.metadata.get(f"{self._architecture}.{name}", *default[:1])

@@ -63,7 +63,10 @@ class Tensor:
 
     @classmethod
     def of(cls, values: np.ndarray, dtype: str | None = None) -> "Tensor":
-        """`values` stored as `dtype`; by default as their own. BF16 rounds to nearest, ties to even."""
+        """`values` stored as `dtype`; by default as their own. BF16 rounds to nearest, ties to even.
+
+        Raises ThriftyError where a finite value is none in float16.
+        """
         if dtype == Q8_0.name:
             return cls(Q8_0.name, quantize_q8_0(values))
         if dtype == "BF16":
@@ -71,7 +74,13 @@ class Tensor:
             return cls("BF16", bits.astype(np.uint16))
         by_numpy = {storage: name for name, storage in DTYPES.items() if name != "BF16"}
         name = dtype or by_numpy[np.dtype(values.dtype)]
-        return cls(name, np.asarray(values, DTYPES[name], order="C"))
+        with np.errstate(over="ignore"):
+            stored = np.asarray(values, DTYPES[name], order="C")
+        if name == "F16" and (np.isinf(stored) & np.isfinite(values)).any():
+            raise ThriftyError(
+                f"[checkpoint] float16 ends at 65504; got {np.abs(values).max():g}; take bfloat16 or float32"
+            )
+        return cls(name, stored)
 
     def release(self) -> None:
         """Let go of the pages of the file it lies in; the next look at any of its tensors reads them again."""

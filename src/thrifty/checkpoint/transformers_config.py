@@ -1,7 +1,7 @@
 """What plain transformers calls a decoder, where it has one that computes the same."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from thrifty.checkpoint.config import DecoderConfig
 from thrifty.checkpoint.names import has_bias, linear_shapes
@@ -27,9 +27,13 @@ def transformers_config(config: DecoderConfig, fields: Mapping[str, Any]) -> dic
 
     fields: the config.json that `config` was read from.
     """
+    tied = {"tie_word_embeddings": config.tie_word_embeddings}
     if fields.get("model_type") in CLASSES and config.family != "1bitLLM":
-        return {name: value for name, value in fields.items() if name != "quantization_config"}
-    model_type = _model_type(config)
+        return {name: value for name, value in fields.items() if name != "quantization_config"} | tied
+    usual = (config.mixers, config.feed_forward, config.residual) == (("attention",), "glu", "plain")
+    if not usual or config.experts is not None or config.linear == "binary":
+        return None
+    model_type = attention_model_type(config)
     if model_type is None:
         return None
     return {
@@ -47,7 +51,7 @@ def transformers_config(config: DecoderConfig, fields: Mapping[str, Any]) -> dic
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
         "rope_parameters": fields.get("rope_parameters") or {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_word_embeddings,
+        **tied,
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
         **{name: fields[name] for name in _KEPT if name in fields},
@@ -59,15 +63,25 @@ def biased(config: DecoderConfig) -> list[str]:
     return [linear for linear in linear_shapes(config) if config.linear != "dense" and has_bias(config, linear)]
 
 
-def _model_type(config: DecoderConfig) -> str | None:
-    plain = (config.mixers, config.feed_forward, config.residual) == (("attention",), "glu", "plain")
-    if not plain or config.linear == "binary":
-        return None
+class AttentionChoices(Protocol):
+    """What tells the models of transformers apart that have attention to all keys and a gated feed-forward."""
+
+    hidden_size: int
+    num_attention_heads: int
+    head_dim: Any
+    norm_placement: Any
+    attention_bias: bool
+    attention_out_bias: bool
+    attention_qk_norm: bool
+    mlp_bias: bool
+
+
+def attention_model_type(config: AttentionChoices) -> str | None:
+    """The model type of transformers with these norms and biases; None where it has none."""
+    whole = config.attention_out_bias or not config.attention_bias
     if config.norm_placement == "sub_ln":
-        square = config.q_size == config.hidden_size and not config.mlp_bias
-        return "bitnet" if square and not config.attention_qk_norm and config.attention_out_bias else None
-    if config.attention_qk_norm:
-        return None if config.mlp_bias else "qwen3"
-    if not config.attention_out_bias:
-        return None if config.mlp_bias else "qwen2"
-    return "llama"
+        square = config.num_attention_heads * config.head_dim == config.hidden_size
+        return "bitnet" if square and whole and not (config.attention_qk_norm or config.mlp_bias) else None
+    kind = "qwen3" if config.attention_qk_norm else "llama" if whole else "qwen2"
+    # Of the three only Llama has the feed-forward's biases.
+    return kind if kind == "llama" or (not config.mlp_bias and whole == (kind == "qwen3")) else None

@@ -22,13 +22,12 @@ thrifty convert demo.gguf demo    (a folder again: transformers loads it, and so
 
 thrifty convert owner/name-1.58bit model --to autobitlinear    (from the hub; scales that multiply)
 
-thrifty convert model model.gguf --weights TQ1_0 --head F16
+thrifty convert model model.gguf --weight-type TQ1_0 --head-type F16
 
 Codes and scales of ternary weights are the same bits on every way there and back. What is rounded is printed.
 """
 
 TARGETS = ("autobitlinear", "bitlinear", "gguf")
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def main(
@@ -41,8 +40,13 @@ def main(
             show_default="gguf for a .gguf file, else autobitlinear",
         ),
     ] = None,
-    weights: Annotated[str, typer.Option(help="GGUF: ternary weights as TQ2_0 (2.06 bits) or TQ1_0 (1.69).")] = "TQ2_0",
-    head: Annotated[str, typer.Option(help="GGUF: embedding and head as Q8_0, F16, BF16 or F32.")] = "Q8_0",
+    weight_type: Annotated[
+        str | None,
+        typer.Option(help="GGUF: ternary weights as TQ2_0 (2.06 bits) or TQ1_0 (1.69).", show_default="TQ2_0"),
+    ] = None,
+    head_type: Annotated[
+        str | None, typer.Option(help="GGUF: embedding and head as Q8_0, F16, BF16 or F32.", show_default="Q8_0")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="Folders: dense tensors as bfloat16, float16 or float32.", show_default="as they are"),
@@ -60,10 +64,13 @@ def main(
     to = to or ("gguf" if output.suffix == ".gguf" else "autobitlinear")
     if to not in TARGETS:
         raise ThriftyError(f"[convert] --to must be one of {', '.join(TARGETS)}; got '{to}'")
-    if dtype is not None and dtype not in DTYPES:
-        raise ThriftyError(f"[convert] --dtype must be one of {', '.join(DTYPES)}; got '{dtype}'")
     if (to == "gguf") != (output.suffix == ".gguf"):
         raise ThriftyError(f"[convert] a GGUF file ends in .gguf, and nothing else does; got {output} for '{to}'")
+    other = {"--dtype": dtype} if to == "gguf" else {"--weight-type": weight_type, "--head-type": head_type}
+    other |= {} if to == "gguf" else {"--any-activation": any_activation or None}
+    given = [name for name, value in other.items() if value is not None]
+    if given:
+        raise ThriftyError(f"[convert] {given[0]} has no meaning for '{to}'; leave it out")
     from thrifty import native
     from thrifty.checkpoint import open_model
     from thrifty.convert import to_gguf, to_transformers
@@ -73,9 +80,9 @@ def main(
 
     def run(written: "Written") -> "Conversion":
         if to == "gguf":
-            kinds = (weights.upper(), head.upper())
+            kinds = ((weight_type or "TQ2_0").upper(), (head_type or "Q8_0").upper())
             return to_gguf(opened, output, *kinds, any_activation=any_activation, overwrite=force, written=written)
-        return to_transformers(opened, output, to, DTYPES.get(dtype or ""), force, written)
+        return to_transformers(opened, output, to, dtype=dtype, overwrite=force, written=written)
 
     report = _with_bar(opened, run)
     _print(report, sum(tensor.data.nbytes for tensor in opened.tensors.values()), time.perf_counter() - start)
@@ -93,6 +100,8 @@ def _with_bar(opened: "Folder", run) -> "Conversion":
 def _print(report: "Conversion", read: int, seconds: float) -> None:
     for kind, (count, nbytes) in sorted(report.kinds.items()):
         print(f"  {kind:16} {count:5d} tensors  {nbytes / 1e6:10.2f} MB", file=sys.stderr)
+    for note in report.notes:
+        print(f"  note: {note}", file=sys.stderr)
     total = sum(nbytes for _, nbytes in report.kinds.values())
     speed = f"{read / 1e6:.2f} MB read, {total / 1e6:.2f} MB written, {seconds:.1f} s"
     print(f"{report.output}: {speed}", file=sys.stderr)

@@ -56,7 +56,7 @@ def pack_folder(model: Path, output: Path, dtype: str = "bfloat16", overwrite: b
         raise ThriftyError(f"[pack] the packed copy needs a folder of its own; got {output}; choose another name")
     if opened.config.latent_scale == "float32" and opened.config.storage == "latent":
         # transformers trained it, with scales that are rounded to nothing.
-        to_transformers(opened, output, dtype={"bfloat16": "BF16", "float32": "F32"}[dtype], overwrite=overwrite)
+        to_transformers(opened, output, dtype=dtype, overwrite=overwrite)
         return
     import torch
 

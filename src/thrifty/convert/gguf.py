@@ -1,6 +1,7 @@
 """GGUF files that llama.cpp runs."""
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from thrifty.checkpoint.names import EMBEDDING, HEAD, expected_tensors, linear_s
 from thrifty.checkpoint.pipeline import made_in_order
 from thrifty.checkpoint.safetensors import Tensor
 from thrifty.checkpoint.transformers_config import biased, transformers_config
-from thrifty.convert.report import Conversion, Written
+from thrifty.convert.report import Conversion, Written, refuse_onto_itself
 from thrifty.errors import ThriftyError
 from thrifty.spec import ROW_BLOCK
 
@@ -46,6 +47,7 @@ def to_gguf(
     Raises ThriftyError where the target would compute something else from the file.
     """
     output = Path(output)
+    refuse_onto_itself(source, output)
     if output.exists() and not overwrite:
         raise ThriftyError(f"[convert] the output file must be new; {output} exists; choose another name or force it")
     for name, value, choices in (("weight_type", weight_type, WEIGHT_TYPES), ("head_type", head_type, HEAD_TYPES)):
@@ -53,19 +55,22 @@ def to_gguf(
             raise ThriftyError(f"[convert] {name} must be one of {', '.join(choices)}; got '{value}'")
     fields = transformers_config(source.config, source.json("config.json"))
     architecture = _architecture(source, fields, any_activation)
-    metadata = _metadata(source, architecture, fields or {}, weight_type) | _vocabulary(source)
+    metadata = _metadata(source, architecture, fields or {}, weight_type)
+    report = Conversion(output)
+    vocabulary = _vocabulary(source)
+    if vocabulary is None:
+        report.notes.append("there is no tokenizer, so the file has no vocabulary: llama.cpp takes token ids alone")
     linears = {
         f"model.layers.{layer}.{linear}": shape
         for layer in range(source.config.num_hidden_layers)
         for linear, shape in linear_shapes(source.config, layer).items()
     }
-    scales = made_in_order(partial(source.multiplier, linear) for linear in linears)
-    for linear, scale in zip(linears, scales, strict=True):
-        with np.errstate(over="ignore"):
-            rounded = np.float16(scale)
-        if np.float32(rounded) != scale:
-            metadata[SCALE + linear] = np.float32(scale)
-    report = Conversion(output)
+    exact = dict(_inexact_scales(source, list(linears)))
+    if exact:
+        report.notes.append(
+            f"{len(exact)} of {len(linears)} scales are rounded to float16 for llama.cpp; the metadata keep them whole"
+        )
+    metadata |= exact | (vocabulary or {"tokenizer.ggml.model": "no_vocab"})
     tensors, ours = [], {}
     for name in expected_tensors(source.config):
         if name.endswith(".weight_scale"):
@@ -83,26 +88,38 @@ def to_gguf(
     return report
 
 
+def _inexact_scales(source: Folder, linears: list[str]) -> Iterator[tuple[str, np.float32]]:
+    """Metadata for the scales that float16 does not hold."""
+    scales = made_in_order(partial(source.multiplier, linear) for linear in linears)
+    for linear, scale in zip(linears, scales, strict=True):
+        with np.errstate(over="ignore"):
+            rounded = np.float16(scale)
+        if np.float32(rounded) != scale:
+            yield SCALE + linear, np.float32(scale)
+
+
 def _architecture(source: Folder, fields: dict[str, Any] | None, any_activation: bool) -> str:
     """The architecture of the file. Raises ThriftyError where llama.cpp computes something else from it."""
     config = source.config
     model_type = None if fields is None else fields["model_type"]
-    refusals = {
+    unbiased = model_type in ("bitnet", "qwen3")
+    reasons = {
         "its linears are not ternary": config.linear != "ternary",
         "it has layers that are no attention and gated feed-forward": model_type not in _ARCHITECTURES,
-        "every linear has a norm of its own": config.linear_norm_eps is not None,
+        "its linears have norms of their own": config.linear_norm_eps is not None,
         "its rotary frequencies are scaled": config.rope_scaling is not None,
-        f"its linears have biases ({', '.join(biased(config))})": model_type == "bitnet" and biased(config) != [],
-        "architecture bitnet has its output head tied to the embedding": (
-            model_type == "bitnet" and not config.tie_word_embeddings
-        ),
-        f"llama.cpp computes SiLU where the model has {config.hidden_act} (any_activation writes it nevertheless)": (
+        f"its linears have biases ({', '.join(biased(config))})": unbiased and biased(config) != [],
+        "its output head is not the embedding": model_type == "bitnet" and not config.tie_word_embeddings,
+        f"it has {config.hidden_act} where llama.cpp computes SiLU (any_activation writes it nevertheless)": (
             config.hidden_act != "silu" and not any_activation
         ),
     }
-    for reason, holds in refusals.items():
+    for reason, holds in reasons.items():
         if holds:
-            raise ThriftyError(f"[convert] llama.cpp cannot compute what {source.path} does: {reason}; run it here")
+            raise ThriftyError(
+                f"[convert] no file is written from which llama.cpp would compute what {source.path} does: {reason}; "
+                "run it here"
+            )
     return _ARCHITECTURES[str(model_type)]
 
 
@@ -135,10 +152,18 @@ def _metadata(source: Folder, architecture: str, fields: dict[str, Any], weight_
     }
 
 
-def _vocabulary(source: Folder) -> dict[str, Any]:
+def _vocabulary(source: Folder) -> dict[str, Any] | None:
     tokenizer = source.text("tokenizer.json")
     if tokenizer is None:
-        return {"tokenizer.ggml.model": "no_vocab"}
+        slow = [
+            name for name in ("tokenizer.model", "vocab.json") if source.texts is None and (source.path / name).exists()
+        ]
+        if slow:
+            raise ThriftyError(
+                f"[convert] a vocabulary is read from tokenizer.json; {source.path} has {slow[0]} alone; load the "
+                "tokenizer with transformers and save it there"
+            )
+        return None
     config = source.json("config.json") | source.json("generation_config.json")
     template = source.text("chat_template.jinja")
     return vocabulary_metadata(

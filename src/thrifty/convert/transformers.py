@@ -10,11 +10,12 @@ import numpy as np
 
 from thrifty import native
 from thrifty.checkpoint.atomic import atomic_folder
-from thrifty.checkpoint.folder import Folder, holds_codes, reciprocal
+from thrifty.checkpoint.config import config_of
+from thrifty.checkpoint.folder import Folder, check_tensors, holds_codes, reciprocal
 from thrifty.checkpoint.names import EMBEDDING, expected_tensors, linear_shapes
-from thrifty.checkpoint.safetensors import DTYPES, Pending, Tensor, save_safetensors
+from thrifty.checkpoint.safetensors import Pending, Tensor, save_safetensors
 from thrifty.checkpoint.transformers_config import biased, transformers_config
-from thrifty.convert.report import Conversion, Written
+from thrifty.convert.report import Conversion, Written, refuse_onto_itself
 from thrifty.errors import ThriftyError
 from thrifty.spec import ROW_BLOCK, round_bf16
 
@@ -25,13 +26,15 @@ TEXT_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"),
 )
-_TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16"}
+#: Dtypes of dense tensors, as torch and as safetensors call them.
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def to_transformers(
     source: Folder,
     output: str | Path,
     linear_class: str = "autobitlinear",
+    *,
     dtype: str | None = None,
     overwrite: bool = False,
     written: Written = lambda _: None,
@@ -39,18 +42,23 @@ def to_transformers(
     """Write a packed folder: codes at two bits, scales that multiply ("autobitlinear") or divide ("bitlinear").
 
     Plain transformers loads it where it has a model that computes the same; others, those of this package. Latent
-    weights are quantised as their own forward pass does it. dtype: of dense tensors ("BF16", "F16", "F32"); None
-    leaves each as it is. written: told the name of each tensor once it is written.
+    weights are quantised as their own forward pass does it. dtype: of dense tensors, a key of `DTYPES`; None leaves
+    them as they are, or where they differ takes one that holds them all. written: told the name of each tensor once it
+    is written.
     Raises ThriftyError where the model has no ternary linears, or linear_class would compute something else.
     """
+    output = Path(output)
     if linear_class not in LINEAR_CLASSES:
         raise ThriftyError(f"[convert] linear_class must be one of {', '.join(LINEAR_CLASSES)}; got '{linear_class}'")
+    if dtype is not None and dtype not in DTYPES:
+        raise ThriftyError(f"[convert] dtype must be one of {', '.join(DTYPES)}; got '{dtype}'")
+    refuse_onto_itself(source, output)
     fields = _fields(source, linear_class)
-    embedding = source.tensors[EMBEDDING].dtype if dtype is None else dtype
-    # transformers' loader takes the dtype to compute in from here, and mixes two where it is not that of the tensors.
-    fields["dtype"] = _TORCH_NAMES.get(embedding, "float32")
-    report = Conversion(Path(output))
-    tensors = dict(_packed_tensors(source, linear_class, dtype, report))
+    # transformers' loader takes the dtype to compute in from here, and mixes two where tensors have others.
+    fields["dtype"] = dtype or _common_dtype(source)
+    report = Conversion(output)
+    tensors = dict(_packed_tensors(source, linear_class, DTYPES[fields["dtype"]], report))
+    check_tensors(output, tensors, config_of(output / "config.json", fields))
 
     def done(name: str) -> None:
         if name in source.tensors:
@@ -108,7 +116,7 @@ def _fields(source: Folder, linear_class: str) -> dict:
 
 
 def _packed_tensors(
-    source: Folder, linear_class: str, dtype: str | None, report: Conversion
+    source: Folder, linear_class: str, dtype: str, report: Conversion
 ) -> Iterator[tuple[str, Tensor | Pending]]:
     """Names and tensors of a packed folder."""
     config = source.config
@@ -119,9 +127,10 @@ def _packed_tensors(
     }
     for name in expected_tensors(config):
         linear, _, last = name.rpartition(".")
-        if linear not in linears or last == "rms_norm":
-            if name in source.tensors:
-                yield name, _dense(source.tensors[name], dtype, report)
+        if name not in source.tensors:
+            continue
+        if linear not in linears or last == "bias":
+            yield name, _dense(_exact(source, name), dtype, report)
         elif last == "weight":
             rows, cols = linears[linear]
             shape = ROW_BLOCK.packed_shape(rows, cols)
@@ -129,10 +138,6 @@ def _packed_tensors(
             codes, scale = _linear(source, linear, rows, shape, linear_class)
             yield name, codes
             yield f"{linear}.weight_scale", scale
-        elif last == "bias":
-            stored = source.tensors[name]
-            exact = Tensor.of(source.bias(linear)) if config.bias_scaled else stored
-            yield name, _dense(exact, dtype, report)
 
 
 def _linear(source: Folder, linear: str, rows: int, shape: tuple[int, ...], linear_class: str) -> Iterator[Pending]:
@@ -164,10 +169,37 @@ def _stored_scale(multiplier: np.float32, linear_class: str) -> np.ndarray:
     return np.full(1, reciprocal(multiplier) if linear_class == "bitlinear" else multiplier, np.float32)
 
 
-def _dense(tensor: Tensor, dtype: str | None, report: Conversion) -> Pending:
-    dtype = dtype or (tensor.dtype if tensor.dtype in DTYPES else "F32")
-    shape = tensor.shape
-    report.add(tensor.dtype, dtype, int(np.prod(shape)) * DTYPES[dtype].itemsize)
-    if tensor.dtype == dtype:
-        return Pending.of(tensor)
-    return Pending(dtype, shape, lambda: Tensor.of(tensor.float32(), dtype).data)
+def _common_dtype(source: Folder) -> str:
+    """The dtype of the dense tensors; where they differ, that of the embedding if it holds them all, else float32."""
+    linears = {name for name in source.tensors if _is_low_bit(source, name)}
+    dense = {name: _exact(source, name) for name in source.tensors.keys() - linears}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    chosen = source.tensors[EMBEDDING].dtype
+    if chosen not in names:
+        return "float32"
+    for tensor in dense.values():
+        if tensor.dtype != chosen:
+            values = tensor.float32()
+            if not np.isfinite(values).all() or np.abs(values).max() > 6e4:  # float16 ends there
+                return "float32"
+            if not np.array_equal(Tensor.of(values, chosen).float32(), values):
+                return "float32"
+    return names[chosen]
+
+
+def _is_low_bit(source: Folder, name: str) -> bool:
+    linear = name.removesuffix("_scale").removesuffix(".weight")
+    layer, _, module = linear.removeprefix("model.layers.").partition(".")
+    return linear.startswith("model.layers.") and module in linear_shapes(source.config, int(layer))
+
+
+def _exact(source: Folder, name: str) -> Tensor:
+    """A dense tensor, or a bias as it is added."""
+    scaled = source.config.bias_scaled and name.endswith(".bias")
+    return Tensor.of(source.bias(name.removesuffix(".bias"))) if scaled else source.tensors[name]
+
+
+def _dense(tensor: Tensor, dtype: str, report: Conversion) -> Pending:
+    pending = Pending(dtype, tensor.shape, lambda: Tensor.of(tensor.float32(), dtype).data)
+    report.add(tensor.dtype, dtype, pending.nbytes)
+    return Pending.of(tensor) if tensor.dtype == dtype else pending

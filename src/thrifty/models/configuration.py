@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from thrifty.checkpoint.transformers_config import attention_model_type
 from thrifty.errors import ThriftyError
 from thrifty.models.choices import MIXTURE_FIELDS, SEED_FIELDS, check_config, choices_of, pattern
 
@@ -139,13 +140,8 @@ class ThriftyConfig(PreTrainedConfig):
         plain = usual and (self.residual, self.hidden_dropout) == ("plain", 0)
         if not plain or not (self.linear == "dense" or (self.linear == "ternary" and packs)):
             return None
-        if self.norm_placement == "sub_ln":
-            fits = self.linear == "ternary" and q == self.hidden_size and not self.attention_qk_norm
-            return "bitnet" if fits else None
-        whole = self.attention_out_bias or not self.attention_bias
-        kind = "qwen3" if self.attention_qk_norm else "llama" if whole else "qwen2"
-        # Of the three only Llama has the others' biases.
-        return kind if kind == "llama" or (not self.mlp_bias and whole == (kind == "qwen3")) else None
+        kind = attention_model_type(self)
+        return None if kind == "bitnet" and self.linear != "ternary" else kind
 
     @property
     def is_plain_doge(self) -> bool:
