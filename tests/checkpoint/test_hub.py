@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tiny_checkpoints import write_checkpoint
 
+from thrifty.checkpoint.folder import TEXT_FILES
 from thrifty.checkpoint.hub import resolve
 
 #: Where nobody answers.
@@ -26,6 +27,7 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
         "config.json": b"{}",
         "tokenizer.json": b"{}",
         "model.safetensors": b"weights",
+        **{name.replace("*", "tool_use"): b"text" for name in TEXT_FILES if name != "tokenizer.json"},
         "pytorch_model.bin": b"the same again",
         "original/model.safetensors": b"the same again",
     },
@@ -120,9 +122,24 @@ def cached(home: Path, repo: str, files: dict[str, bytes]) -> Path:
     return snapshot
 
 
+#: What the hub allows in no name.
+NO_NAMES = ["my--model", "a--b/c", "owner/na..me", f"owner/{'a' * 97}", "owner/name.git", "owner/name/../x.gguf"]
+
+
 @pytest.mark.parametrize(
     "text",
-    ["runs/demo/pakced", "./model", "../model", "/no/model", "runs/model.gguf", "pakced", "a b/c", "", "a/b/c/d"],
+    [
+        "runs/demo/pakced",
+        "./model",
+        "../model",
+        "/no/model",
+        "runs/model.gguf",
+        "pakced",
+        "a b/c",
+        "",
+        "a/b/c/d",
+        *NO_NAMES,
+    ],
 )
 def test_what_is_no_hub_id_stays_a_path(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -145,7 +162,9 @@ def test_what_exists_is_a_path(tmp_path, monkeypatch):
 def test_what_is_needed_of_a_repository_comes(endpoint, tmp_path):
     path = run("owner/whole", tmp_path, endpoint)
     found = {str(file.relative_to(path)) for file in Path(path).rglob("*") if file.is_file()}
-    assert found == {"config.json", "tokenizer.json", "model.safetensors"}
+    texts = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"}
+    assert found > texts | {"config.json", "model.safetensors", "additional_chat_templates/tool_use.jinja"}
+    assert not found & {"pytorch_model.bin", "original/model.safetensors"}
     assert Path(path, "model.safetensors").read_bytes() == b"weights"
     # Without the hub the copy serves.
     assert run("owner/whole", tmp_path, endpoint, HF_HUB_OFFLINE="1") == path

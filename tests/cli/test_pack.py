@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_checkpoints import write_checkpoint
 
+from thrifty.checkpoint.folder import TEXT_FILES
 from thrifty.cli import main
 from thrifty.cli.pack import pack_folder
 from thrifty.runtime import load
@@ -88,6 +89,18 @@ def test_an_existing_folder_is_replaced_only_when_forced(latent, tmp_path, capsy
     assert "mine" not in os.listdir(tmp_path / "out")
     assert main(["pack", str(latent), str(latent), "--force"]) == 2
     assert "folder of its own" in capsys.readouterr().err
+
+
+def test_texts_of_every_tokenizer_come_along(latent, tmp_path):
+    texts = {name.replace("*", "tool_use"): f"the {name}" for name in TEXT_FILES if "config" not in name}
+    (latent / "additional_chat_templates").mkdir()
+    for name, text in texts.items():
+        (latent / name).write_text(text)
+    assert {"tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"} < texts.keys()
+    assert main(["pack", str(latent), str(tmp_path / "packed")]) == 0
+    assert main(["convert", str(tmp_path / "packed"), str(tmp_path / "again")]) == 0
+    for folder in ("packed", "again"):
+        assert {name: (tmp_path / folder / name).read_text() for name in texts} == texts
 
 
 def test_a_full_disk_leaves_nothing(latent, tmp_path, monkeypatch, capsys):

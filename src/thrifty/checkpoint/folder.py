@@ -17,6 +17,12 @@ from thrifty.spec import binary_codes, round_bf16
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+#: What lies beside config.json and the tensors: names, and a pattern for templates in a folder of their own.
+TEXT_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "tokenizer.model", "generation_config.json"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from thrifty.checkpoint.atomic import explained
+from thrifty.checkpoint.folder import TEXT_FILES
 from thrifty.errors import ThriftyError
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
@@ -13,25 +14,18 @@ _ID = re.compile(rf"(?P<repo>{_NAME}(?:/{_NAME})?)(?:/(?P<file>[^@]+\.gguf))?(?:
 #: Ends of the names of files, so that a file's name with a slip in it is no model of the hub.
 _FILES = (".gguf", ".safetensors", ".keras", ".h5", ".json", ".pth", ".pt", ".bin")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_TEXTS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 #: Seconds that the hub has to answer.
 _PATIENCE = 10
 
 
-def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
+def resolve(path_or_id: str | Path) -> Path:
     """The local path of a model: a path as it is, or of a hub id the folder (or .gguf file) in the hub's cache.
 
     A hub id is "owner/name", "owner/name/file.gguf" for a file of it, or either with "@revision"; a "name" alone counts
     where it is in the cache. What exists is a path, and so is what is in an existing folder, begins with ".", "/" or
-    "~", has more than two parts or ends like a file: a slip of the pen asks nobody. Of a repository come its config,
-    tokenizer and safetensors; where the hub cannot be reached, or HF_HUB_OFFLINE is set, the copy in the cache serves.
+    "~", has more than two parts, ends like a file or is no name that the hub allows: a slip of the pen asks nobody. Of
+    a repository come its config, `TEXT_FILES` and safetensors; where the hub cannot be reached, or HF_HUB_OFFLINE is
+    set, the copy in the cache serves.
     Raises ThriftyError where there is no such model, it needs a login, or it is neither in reach nor in the cache.
     """
     path = Path(path_or_id).expanduser()
@@ -43,11 +37,25 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
     owner, _, name = repo.partition("/")
     if name.endswith(_FILES) or (name and Path(owner).is_dir()) or (file and not name):
         return path
-    revision = revision or match["revision"]
+    if ".." in (file or "").split("/") or not _is_id(repo):
+        return path
+    revision = match["revision"]
     if name:
         return _fetched(repo, revision, file)
     cached = _cached(repo, revision, None)
     return path if cached is None else cached
+
+
+def _is_id(repo: str) -> bool:
+    """Whether the hub could have a model of that name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _fetched(repo: str, revision: str | None, file: str | None) -> Path:
@@ -68,7 +76,8 @@ def _fetched(repo: str, revision: str | None, file: str | None) -> Path:
                 wanted = [_INDEX, *_shards(index)]
             if not wanted or "config.json" not in there:
                 raise _not_a_model(repo, there)
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=[*_TEXTS, *wanted]))
+            wanted += ["config.json", *TEXT_FILES]
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except ThriftyError:
         raise
     except Exception as error:  # what a connection raises depends on the version of the hub's client

@@ -48,7 +48,7 @@ def pack_folder(model: Path, output: Path, dtype: str = "bfloat16", overwrite: b
         raise ThriftyError(f"[pack] dtype must be one of {', '.join(DTYPES)}; got '{dtype}'")
     from thrifty.checkpoint import atomic_folder, open_folder
     from thrifty.checkpoint.config import read_json
-    from thrifty.convert import to_transformers
+    from thrifty.convert.transformers import copy_texts, to_transformers
 
     # Refuses what is no such model before torch is imported.
     opened = open_folder(model)
@@ -68,7 +68,7 @@ def pack_folder(model: Path, output: Path, dtype: str = "bfloat16", overwrite: b
     with atomic_folder(output, overwrite) as folder, _without_bars():
         loaded = family.from_pretrained(model, dtype=torch.float32)
         models.save_packed(loaded, folder, getattr(torch, dtype))
-        _copy_text_files(model, folder)
+        copy_texts(opened, folder)
 
 
 @contextmanager
@@ -83,16 +83,6 @@ def _without_bars() -> Iterator[None]:
     finally:
         if drawn:
             logging.enable_progress_bar()
-
-
-def _copy_text_files(model: Path, folder: Path) -> None:
-    """What a folder needs beside weights to read and write text."""
-    import shutil
-
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-    for name in (*names, "generation_config.json"):
-        if (model / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(model / name, folder / name)
 
 
 def _bytes(folder: Path) -> int:

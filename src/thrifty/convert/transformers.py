@@ -11,7 +11,7 @@ import numpy as np
 from thrifty import native
 from thrifty.checkpoint.atomic import atomic_folder
 from thrifty.checkpoint.config import config_of
-from thrifty.checkpoint.folder import Folder, check_tensors, holds_codes, reciprocal
+from thrifty.checkpoint.folder import TEXT_FILES, Folder, check_tensors, holds_codes, reciprocal
 from thrifty.checkpoint.names import EMBEDDING, expected_tensors, linear_shapes
 from thrifty.checkpoint.safetensors import Pending, Tensor, save_safetensors
 from thrifty.checkpoint.transformers_config import biased, transformers_config
@@ -21,11 +21,6 @@ from thrifty.spec import ROW_BLOCK, round_bf16
 
 #: What a folder of packed weights can be: transformers' two layers, whose scales multiply and divide.
 LINEAR_CLASSES = ("autobitlinear", "bitlinear")
-#: What lies beside the tensors of a folder.
-TEXT_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"),
-)
 #: Dtypes of dense tensors, as torch and as safetensors call them.
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -73,12 +68,15 @@ def to_transformers(
 
 
 def copy_texts(source: Folder, folder: Path) -> None:
-    """Write what a model needs beside tensors and config to read and write text."""
+    """Write what a model needs beside tensors and config to read and write text; what is there stays."""
     for name in TEXT_FILES:
-        if source.texts is None and (source.path / name).is_file():
-            shutil.copyfile(source.path / name, folder / name)
-        elif source.texts is not None and name in source.texts:
+        if source.texts is not None and name in source.texts and not (folder / name).exists():
             (folder / name).write_text(source.texts[name], encoding="utf-8")
+        for file in source.path.glob(name) if source.texts is None else ():
+            copy = folder / file.relative_to(source.path)
+            if file.is_file() and not copy.exists():
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 def _fields(source: Folder, linear_class: str) -> dict:
