@@ -154,6 +154,15 @@ def parse_json(path: Path, text: str) -> dict[str, Any]:
     return content
 
 
+def leaves_out_the_head(kept: Any) -> bool:
+    """Whether `modules_to_not_convert` says that all linears are low-bit but the head.
+
+    Where it is null transformers leaves out the head by itself, and else nothing but what is listed.
+    """
+    known = ("lm_head", "model.embed_tokens", "embed_tokens")
+    return kept is None or (isinstance(kept, list) and "lm_head" in kept and all(name in known for name in kept))
+
+
 class _Reader:
     """Fields of config.json, checked one by one so that an error names the field."""
 
@@ -168,15 +177,7 @@ class _Reader:
         if name == "hgrn_bit":
             self.fields = self.matmulfree()
         doge: Any = "scaled" if name == "doge" else "plain"
-        hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
-        kv_heads = self.integer("num_key_value_heads", heads)
-        if heads % kv_heads:
-            raise self.error("num_key_value_heads", f"divide num_attention_heads ({heads})", kv_heads)
-        if self.fields.get("head_dim") is None and hidden % heads:
-            raise self.error("num_attention_heads", f"divide hidden_size ({hidden}) where no head_dim is given", heads)
-        head_dim = self.integer("head_dim", hidden // heads)
-        if head_dim % 2:
-            raise self.error("head_dim", "be even (rotary positions turn pairs)", head_dim)
+        hidden, heads, kv_heads, head_dim = self.widths()
         positions = self.integer("max_position_embeddings", 2048)
         if positions > MOST_POSITIONS:
             raise self.error("max_position_embeddings", f"be at most {MOST_POSITIONS}", positions)
@@ -225,6 +226,19 @@ class _Reader:
             bias_scaled=storage == "multiplies" and not own,
         )
 
+    def widths(self) -> tuple[int, int, int, int]:
+        """hidden_size, num_attention_heads, num_key_value_heads and head_dim."""
+        hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
+        kv_heads = self.integer("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise self.error("num_key_value_heads", f"divide num_attention_heads ({heads})", kv_heads)
+        if self.fields.get("head_dim") is None and hidden % heads:
+            raise self.error("num_attention_heads", f"divide hidden_size ({hidden}) where no head_dim is given", heads)
+        head_dim = self.integer("head_dim", hidden // heads)
+        if head_dim % 2:
+            raise self.error("head_dim", "be even (rotary positions turn pairs)", head_dim)
+        return hidden, heads, kv_heads, head_dim
+
     def family(self) -> str:
         """The key in FAMILIES."""
         found = family_of(self.fields)
@@ -256,12 +270,8 @@ class _Reader:
         linear_class = reader.one_of("linear_class", ("bitlinear", "autobitlinear"), "bitlinear")
         mode = reader.one_of("quantization_mode", ("online", "offline"), "offline")
         kept = reader.fields.get("modules_to_not_convert")
-        # Where it is null transformers leaves out the head by itself, and else nothing but what is listed.
-        head = kept is None or (isinstance(kept, list) and "lm_head" in kept)
-        if not head or any(name not in ("lm_head", "model.embed_tokens", "embed_tokens") for name in kept or []):
-            raise reader.error(
-                "modules_to_not_convert", "list the output head, and nothing but it and embeddings", kept
-            )
+        if not leaves_out_the_head(kept):
+            raise reader.error("modules_to_not_convert", "list the output head, and nothing else but embeddings", kept)
         if linear_class == "autobitlinear":
             return "latent" if mode == "online" else "multiplies"
         return "divides"

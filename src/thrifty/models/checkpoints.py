@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from thrifty.checkpoint import SEED_NAMES, SEED_SSD_A, atomic_files
+from thrifty.checkpoint.config import leaves_out_the_head
 from thrifty.checkpoint.families import FAMILIES
 from thrifty.checkpoint.folder import reciprocal
 from thrifty.errors import ThriftyError
@@ -173,9 +174,20 @@ def _storage(record: Any, path: str | os.PathLike) -> Callable[[StoredBitLinear]
         raise ThriftyError(
             f"[load] linear_class must be 'bitlinear' or 'autobitlinear'; got '{linear_class}' in {path}"
         )
+    kept = record.get("modules_to_not_convert")
+    if not leaves_out_the_head(kept):
+        raise ThriftyError(
+            f"[load] modules_to_not_convert must list the output head, and nothing else but embeddings; got {kept} in "
+            f"{path}"
+        )
     if linear_class == "bitlinear":
         return _divided
     if mode == "online":
+        if record.get("scale_dtype") != "bfloat16":
+            logger.warning_once(
+                f"[load] scales of weights are rounded to bfloat16 here, and were not when {path} was trained: logits "
+                "move by some 0.1 % until it is trained on; thrifty.runtime and `thrifty pack` keep them"
+            )
         return None
     return _with_scaled_bias if record.get("bias_scaled") else StoredBitLinear.to_packed
 
