@@ -9,6 +9,7 @@ import torch
 
 from thrifty import nn, ops, spec
 from thrifty.errors import ThriftyError
+from thrifty.nn.linear import normalize
 from thrifty.nn.packing import StoredBitLinear
 
 SIZES = [(1, 1), (3, 500), (63, 257), (257, 63), (500, 3)]
@@ -229,7 +230,10 @@ def test_tells_the_shape_and_dtype_of_the_weight_it_was():
 def test_evaluation_has_the_bits_of_the_ops(norm, dtype):
     packed = packed_layer(63, 17, norm=norm).to(dtype)
     x = torch.randn(2, 5, 63).to(dtype)
-    y = packed(x.requires_grad_())
+    codes, scales = ops.quantize_per_token(normalize(x, norm).flatten(0, -2), norm=False)
+    products = ops.ternary_matmul(codes, scales, packed.packed, 17, packed.weight_scale.float(), packed.bias)
+    y = products.to(dtype).view(2, 5, 17)
+    assert torch.equal(packed(x.requires_grad_()), y)
     with torch.no_grad():
         assert torch.equal(packed(x), y)
         assert torch.equal(packed(x.transpose(0, 1)), y.transpose(0, 1))

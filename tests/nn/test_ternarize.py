@@ -237,7 +237,8 @@ class Reader(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.read, self.asked = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.alias = self.read = torch.nn.Linear(8, 8)
+        self.asked = torch.nn.Linear(8, 8)
         self.special = type("Special", (torch.nn.Linear,), {"forward": lambda self, x: x})(8, 8)
         torch.nn.init.zeros_(self.asked.weight)
 
@@ -250,7 +251,7 @@ def test_layers_whose_weight_is_read_elsewhere_are_left():
     record = nn.ternarize(model)
     assert [layer.name for layer in record.replaced] == ["asked"]
     notes = {layer.name: layer.note for layer in record.skipped}
-    assert notes == {"read": "Reader reads its weight", "special": "Special has a forward of its own"}
+    assert notes == {"alias": "Reader reads its weight", "special": "Special has a forward of its own"}
     assert reads_weight(torch.nn.MultiheadAttention, "out_proj")
     assert not reads_weight(transformers.models.t5.modeling_t5.T5DenseActDense, "wo")
 
@@ -290,6 +291,12 @@ def test_heads_and_routers_are_known_by_their_names(name, reason):
     assert {layer.name: layer.note for layer in record.skipped} == ({name: reason} if reason else {})
 
 
+def test_what_a_model_calls_its_output_embeddings_is_a_head():
+    model: Any = torch.nn.ModuleDict({"words": torch.nn.Linear(8, 4), "other": torch.nn.Linear(8, 8)})
+    model.get_output_embeddings = lambda: model["words"]
+    assert {layer.name: layer.note for layer in nn.ternarize(model).skipped} == {"words": "output head"}
+
+
 def test_the_gate_of_a_glu_is_no_router():
     model = torch.nn.ModuleDict({"gate": torch.nn.Linear(8, 16)})
     assert [layer.name for layer in nn.ternarize(model).replaced] == ["gate"]
@@ -325,6 +332,15 @@ def test_a_head_tied_to_the_embedding_stays_tied():
     nn.ternarize(model, also=["lm_head"])
     assert isinstance(model.lm_head, nn.BitLinear)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_layer_tied_to_an_embedding_is_left():
+    model = torch.nn.ModuleDict(
+        {"table": torch.nn.Embedding(9, 8), "back": torch.nn.Linear(8, 9), "on": torch.nn.Linear(8, 8)}
+    )
+    model["back"].weight = model["table"].weight
+    record = nn.ternarize(model)
+    assert {layer.name: layer.note for layer in record.skipped} == {"back": "tied to an embedding"}
 
 
 def test_norms_go_where_they_are_asked_for():

@@ -27,7 +27,7 @@ def packed_linear(
 
     x: [..., cols] of any floating dtype; packed: uint8 [bytes], from `pack_weight`, of a weight of shape [rows, cols];
     w_scale: float32 [1]; bias: [rows] or None. Returns float32 [..., rows]; no gradient. The bits are those of the two
-    ops; evaluated on a CPU without gradients it costs a fraction of their calls, which is most of a product of one row.
+    ops; on a CPU it costs a fraction of their calls, which is most of a product of one row.
     Raises ThriftyError where x does not have the columns of the weight, or the bytes are not those of its shape.
     """
     rows, cols = shape
@@ -96,10 +96,8 @@ def _multiply(
 
 
 def _is_direct(x: Tensor) -> bool:
-    """Whether addresses of x may go to the native library, past torch, which may want to trace or differentiate."""
-    if type(x) is not Tensor or torch.compiler.is_compiling():
-        return False
-    return not (torch.is_grad_enabled() and x.requires_grad) and use_native(x)
+    """Whether addresses of x may go to the native library, past torch, which may want to trace."""
+    return type(x) is Tensor and not torch.compiler.is_compiling() and use_native(x)
 
 
 @cache
