@@ -113,6 +113,31 @@ def test_folder_over_a_file_is_refused(tmp_path):
         pass
 
 
+def test_a_file_comes_with_the_folders_it_lies_in(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.bin"
+    with atomic_file(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert os.listdir(path.parent) == ["a.bin"]
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_folder])
+@pytest.mark.parametrize("place", ["a", "a/b/c"])
+def test_a_place_within_a_file_is_one_sentence(tmp_path, write, place):
+    (tmp_path / "a").write_text("a file")
+    path = tmp_path / place / "output"
+    with pytest.raises(ThriftyError, match=r"^\[save\] what .*output lies in must be folders"), write(path):
+        pass
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_file_over_a_folder_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ThriftyError, match=r"must be a file; .*/a is a folder"), atomic_file(tmp_path / "a"):
+        pytest.fail("the block must not run")
+    assert os.listdir(tmp_path) == ["a"]
+
+
 def test_of_nested_writes_the_outermost_is_named(tmp_path):
     with (
         pytest.raises(ThriftyError, match=r"/model could not be written: no space.*\(nothing was left there\)"),

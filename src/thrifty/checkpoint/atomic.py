@@ -48,11 +48,14 @@ def explained(path: str | Path) -> Iterator[None]:
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """A file open for writing that takes the place of `path` when the block ends: write, fsync, rename.
 
-    A block that raises leaves `path` as it was, and nothing beside it. Raises ThriftyError where the disk is full or
-    the place cannot be written.
+    A block that raises leaves `path` as it was, and nothing beside it. Raises ThriftyError where `path` is a folder,
+    the disk is full, or the place cannot be written.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ThriftyError(f"[save] the output must be a file; {path} is a folder; choose another name")
     with _whole_or_not(path):
+        _make_parent(path)
         temporary = _beside(path)
         try:
             with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -79,7 +82,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise ThriftyError(f"[save] the output must be a folder; {path} is a file; choose another name")
     with _whole_or_not(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(path)
         temporary = _beside(path)
         temporary.mkdir()
         try:
@@ -142,6 +145,15 @@ def _number(error: Exception) -> int | None:
         return error.errno if error.errno in _WAYS_OUT else None
     # The Rust side of safetensors wraps the operating system's error in its own type.
     return next((n for n in _WAYS_OUT if f"os error {n})" in str(error)), None)
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ThriftyError(
+            f"[save] what {path} lies in must be folders; one of them is a file; choose another name"
+        ) from error
 
 
 def _beside(path: Path) -> Path:
