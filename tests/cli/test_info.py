@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tiny_checkpoints import write_checkpoint
 
 from thrifty import native
 from thrifty.checkpoint import Tensor, open_safetensors, save_gguf, save_safetensors
 from thrifty.checkpoint.gguf import TensorToWrite
 from thrifty.cli import main
-from thrifty.cli.info import COLUMNS, zeros_chart
+from thrifty.cli.info import COLUMNS, show_model, zeros_chart
 from thrifty.runtime.measure import Size, write_random
 from thrifty.spec import gguf_encode
 
@@ -122,6 +123,37 @@ def test_a_model_is_shown(folder, capsys):
     text = capsys.readouterr().out
     for words in ("packed", "ternary linears", "multiply the codes", "share of zeros", "self_attn.q_proj"):
         assert words in text
+
+
+def test_lines_for_a_pipe_end_where_their_words_do(folder, capsys):
+    assert main(["info", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [line.rstrip() for line in lines]
+    assert sum(map(bool, lines)) > 20
+
+
+def test_a_config_is_read_in_80_columns(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["info", folder.name]) == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    block = re.search(r"^config +(.*?)^tokenizer", text, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    lines = [line.strip() for line in block[1].splitlines()]
+    assert len(lines) > 3
+    # Lines end between fields, each its name and its value; what a model has not is not there.
+    fields = dict(field.rsplit(" ", 1) for line in lines for field in line.rstrip(",").split(", "))
+    assert fields.items() > {"hidden_size": "32", "linear": "ternary", "tie_word_embeddings": "yes"}.items()
+    assert "no" not in fields.values()
+
+
+def test_layers_alike_are_counted(tmp_path, capsys):
+    facts = facts_of(write_checkpoint(tmp_path / "model").path, capsys)
+    mixers = [*["ssd"] * 30, "attention", "ssd"]
+    show_model(Console(width=200), facts | {"config": {"mixers": mixers, "experts": {"count": 4, "heads": 2}}})
+    out = capsys.readouterr().out
+    assert "mixers 30 ssd attention ssd, experts (count 4, heads 2)" in out
 
 
 def test_a_model_that_does_not_run_here_is_shown(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """`thrifty info`: what is installed, which native code runs, and what a model is made of."""
 
+import textwrap
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +20,8 @@ thrifty info runs/notes-packed --json
 
 #: Most layers that a chart has a column for.
 COLUMNS = 36
+#: Columns of the fields of a config: what 80 leave beside the names of facts.
+LINE = 62
 
 
 def main(
@@ -44,11 +48,19 @@ def main(
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:
-        # What goes to a file or a pipe is not folded: a path stays one word there.
-        console = Console(width=10_000)
+    if console.is_terminal:
+        _show(console, facts)
+        return
+    # What goes to a file or a pipe is not folded: a path stays one word there.
+    console = Console(width=10_000)
+    with console.capture() as text:
+        _show(console, facts)
+    typer.echo("\n".join(line.rstrip() for line in text.get().splitlines()))
+
+
+def _show(console: Any, facts: dict[str, Any]) -> None:
     console.print(_table(facts["thrifty"]))
-    if model is not None:
+    if "model" in facts:
         show_model(console, facts["model"])
 
 
@@ -147,11 +159,23 @@ def _parts(facts: dict[str, Any]) -> Any:
 
 
 def _short(value: Any) -> Any:
-    """A fact in a line."""
+    """A fact in a line, or a record in a few, each at most `LINE` columns; what it has not is left out."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_short(inner)}" for name, inner in value.items()) or "none"
+        fields = {name: inner for name, inner in value.items() if inner is not False}
+        # A name stays beside its value: what textwrap calls a space is none of the others.
+        words = ", ".join(f"{name}\u00a0{_within(inner)}" for name, inner in fields.items())
+        lines = textwrap.fill(words, LINE, break_long_words=False, break_on_hyphens=False)
+        return lines.replace("\u00a0", " ") or "none"
+    return _within(value)
+
+
+def _within(value: Any) -> Any:
+    """A value of a record."""
+    if isinstance(value, dict):
+        return f"({', '.join(f'{name} {_within(inner)}' for name, inner in value.items())})"
     if isinstance(value, list):
-        return " ".join(map(str, value)) or "none"
+        runs = [(word, len(list(run))) for word, run in groupby(map(str, value))]
+        return " ".join(word if count == 1 else f"{count} {word}" for word, count in runs) or "none"
     if value is None or isinstance(value, bool):
         return "yes" if value else "no" if value is False else "none"
     return value
