@@ -250,6 +250,22 @@ def test_memory_falls_and_shared_layers_stay_shared():
     assert "16.0 times smaller" in str(record)
 
 
+def test_hooks_stay_on_a_layer():
+    model, seen = nn.Sequential(layer("bitlinear", "offline", False, False, torch.float32)), []
+    model[0].register_forward_hook(lambda *_: seen.append("after"))
+    model[0].register_forward_pre_hook(lambda *_: seen.append("before"))
+    use_native_kernels(model)
+    model(torch.randn(2, model[0].in_features))
+    assert seen == ["before", "after"]
+
+
+def test_a_scale_of_another_shape_is_told():
+    module: Any = layer("bitlinear", "offline", False, False, torch.float32)
+    module.weight_scale = torch.ones(2)
+    with pytest.raises(ThriftyError, match=r"must be one number; got shape \(2,\), in the layer 'inner'"):
+        use_native_kernels(nn.ModuleDict({"inner": module}))
+
+
 def damaged(scale: float = 1.0, weight: float = 1.0) -> Any:
     module = layer("autobitlinear", "offline", False, False, torch.float32)
     with torch.no_grad():

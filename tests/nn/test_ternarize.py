@@ -256,9 +256,36 @@ def test_layers_whose_weight_is_read_elsewhere_are_left():
     assert not reads_weight(transformers.models.t5.modeling_t5.T5DenseActDense, "wo")
 
 
+class Local(torch.nn.Module):
+    """Multiplies by the weights of its layers itself, under names that are not theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
+        self.one, self.two = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        for layer in (self.one, self.two):
+            x = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        return x
+
+
+def test_layers_whose_weight_is_read_under_a_local_name_are_left():
+    model = torch.nn.Sequential(Local(), torch.nn.Linear(8, 8))
+    assert {layer.name for layer in nn.ternarize(model).replaced} == {"0.layers.0", "1"}
+
+
+def test_sub_ln_without_a_projection_it_knows_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    with pytest.raises(ThriftyError, match="none has one here"):
+        nn.ternarize(model, norm="sub_ln")
+    assert type(model[0]) is torch.nn.Linear
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
+        ("layers.0.q_proj.lora_A.default", "low-rank adapter"),
         ("lm_head", "output head"),
         ("cls.predictions.transform.dense", "output head"),
         ("cls.seq_relationship", "output head"),

@@ -51,6 +51,13 @@ def use_native_kernels(model: nn.Module) -> Replacements:
     return Replacements("native kernels", tuple(replaced), (), rest, before, after)
 
 
+#: What others have hung on a layer, and stays on the one that takes its place.
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+
+
 class NativeBitLinear(nn.Module):
     """y = float32(q_x q_w^T) * (s_x * s_w) + b: transformers' `BitLinear`, or its `AutoBitLinear`, at 2 bits a weight.
 
@@ -73,6 +80,8 @@ class NativeBitLinear(nn.Module):
         self.divides = divides
         self.rms_norm = rms_norm
         self.register_buffer("packed", ops.pack_weight(codes), persistent=False)
+        if scale.numel() != 1:
+            raise ThriftyError(f"[use_native_kernels] weight_scale must be one number; got shape {tuple(scale.shape)}")
         self.register_buffer("weight_scale", scale.detach().reshape(1).clone())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self._settle()
@@ -165,6 +174,8 @@ def _swap(model: nn.Module, home: Any, name: str) -> Layer:
     if isinstance(theirs, home.AutoBitLinear) and theirs.online_quant:
         _say_offline(model)
     places = [(owner, leaf) for owner in model.modules() for leaf, child in owner._modules.items() if child is theirs]
+    for hooks in _HOOKS:
+        getattr(ours, hooks).update(getattr(theirs, hooks))
     for owner, leaf in places:
         setattr(owner, leaf, ours)
     note = "divides by its scale" if ours.divides else "multiplies by its scale"

@@ -28,6 +28,8 @@ HEADS = {
 }
 HEAD_ENDINGS = ("_head", "_predictions", "_prediction", "classifier", "predictor")
 ROOT_HEADS = {"fc", "output", "decoder", "generator"}
+#: Low-rank matrices that peft adds to a layer.
+ADAPTERS = {"lora_A", "lora_B"}
 #: What chooses experts, or scales a state: a last bit there decides what is computed.
 ROUTERS = {"router", "router_gate", "shared_expert_gate", "dt_proj", "queries", "to_queries"}
 #: Layers whose output is added to the residual stream, by the last parts of their names.
@@ -75,6 +77,11 @@ def ternarize(
     if isinstance(also, str):
         raise ThriftyError(f"[ternarize] also must be a collection of names; got the text '{also}'; write ['{also}']")
     chosen, skipped = _choose(model, where, norm, also)
+    if norm == "sub_ln" and chosen and not any(place for _, place in chosen.values()):
+        raise ThriftyError(
+            "[ternarize] 'sub_ln' norms the input of projections to the residual stream, known by their names; none "
+            f"has one here (got {min(chosen)}, ...); give a function of name and module"
+        )
     replaced = []
     for name, (module, place) in chosen.items():
         _become_low_bit(module, weight, place)
@@ -137,6 +144,8 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, 
         reason = _impossible(module)
         if reason is not None:
             yield name, module, reason, True
+        elif ADAPTERS & set(name.split(".")):
+            yield name, module, "low-rank adapter", False
         elif _is_router(name, module):
             yield name, module, "router", False
         elif id(module) in heads or _is_head(name):
@@ -217,12 +226,17 @@ def _is_router(name: str, module: nn.Module) -> bool:
 
 @cache
 def reads_weight(owner: type, leaf: str) -> bool:
-    """Whether a class computes with `self.<leaf>.weight` in some method, so that the layer's forward is not all."""
+    """Whether a class computes with `self.<leaf>.weight` in some method, so that the layer's forward is not all.
+
+    It is read in the source: `F.linear(x, layer.weight)` with a local name counts for every layer of the class.
+    """
     if issubclass(owner, nn.TransformerEncoderLayer):
         return False  # its fast path alone, which `ternarize` turns off
     read = re.compile(
         rf"(?<!isinstance\()\bself\.{re.escape(leaf)}\.(weight|bias)\b"
         r"(?!\s*=[^=])(?!\.(dtype|device|shape|size|ndim|requires_grad)\b)"
+        # Of a layer under a local name, which may be any of its own.
+        r"|\blinear\([^()]*,\s*(?!self\b)\w+\.weight\b"
     )
     for kind in owner.__mro__[: owner.__mro__.index(nn.Module)]:
         for name, method in vars(kind).items():
