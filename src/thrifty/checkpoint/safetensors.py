@@ -83,7 +83,10 @@ class Tensor:
         return cls(name, stored)
 
     def release(self) -> None:
-        """Let go of the pages of the file it lies in; the next look at any of its tensors reads them again."""
+        """Let go of the pages of the file it lies in; the next look at any of its tensors maps them again.
+
+        All of them: a look at a small tensor brings in much of its neighbours.
+        """
         base: Any = self.data
         while isinstance(base, np.ndarray):
             base = base.base
