@@ -1,6 +1,8 @@
 import subprocess
 import sys
 import time
+from importlib import import_module
+from itertools import pairwise
 
 import pytest
 
@@ -34,6 +36,25 @@ def test_help_lists_every_command(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in app.COMMANDS)
+
+
+@pytest.mark.parametrize("command", app.COMMANDS)
+def test_help_fills_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    until = next(i for i, line in enumerate(lines) if line.startswith("╭"))
+    texts = [line.strip() for line in lines[:until]]
+    for line, after in pairwise(texts):
+        # A line ends where the next word does not fit, and not in the middle.
+        assert not (line and after) or len(f" {line} {after.split()[0]} ") > 80, (line, after)
+    examples = [line for line in lines if line.startswith(f" thrifty {command}")]
+    assert examples == [f" {line}".ljust(80) for line in epilog(command) if line.startswith(f"thrifty {command}")]
+
+
+def epilog(command: str) -> list[str]:
+    return import_module(f"thrifty.cli.{command}").EPILOG.splitlines()
 
 
 def test_python_m_thrifty_is_the_command():

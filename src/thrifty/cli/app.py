@@ -105,7 +105,8 @@ def application(selected: str | None) -> typer.Typer:
     for name, summary in COMMANDS.items():
         if name == selected:
             module = import_module(f"thrifty.cli.{name}")
-            app.command(name, short_help=summary, epilog=getattr(module, "EPILOG", None))(module.main)
+            epilog = getattr(module, "EPILOG", None)
+            app.command(name, help=_joined(module.main), short_help=summary, epilog=epilog)(module.main)
         else:
             app.command(name, help=summary)(_placeholder())
     return app
@@ -138,6 +139,11 @@ def _show(others: Callable[..., Any]) -> Callable[..., Any]:
             others(message, category, *place)
 
     return show
+
+
+def _joined(command: Callable[..., Any]) -> str:
+    """The docstring of a command with each paragraph in one line: typer keeps the line breaks of all but the first."""
+    return "\n\n".join(" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
 
 
 def _placeholder() -> Callable[[], None]:

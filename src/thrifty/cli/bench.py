@@ -15,7 +15,7 @@ EPILOG = """Examples:
 
 thrifty bench runs/notes-packed
 
-thrifty bench runs/notes-packed --threads 1,2 --prompt 512 --context 64,1024,4096 --cache-bits 8
+thrifty bench runs/notes-packed --threads 1,2 --prompt 512 --context 64,1024
 
 thrifty bench --shape 2b --batch 1,8 --plot 2b.png
 

@@ -11,7 +11,7 @@ EPILOG = """Examples:
 
 thrifty chat runs/notes-packed
 
-thrifty chat runs/notes-packed --system "Answer in one sentence." --temperature 0.7
+thrifty chat runs/notes-packed --system "Be brief." --temperature 0.7
 """
 
 _HELP = "/reset forgets the conversation · /quit ends it · Ctrl-C stops an answer"

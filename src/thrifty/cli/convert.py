@@ -18,9 +18,9 @@ EPILOG = """Examples:
 
 thrifty convert runs/demo/packed demo.gguf    (for llama.cpp)
 
-thrifty convert demo.gguf demo    (a folder again: transformers loads it, and so does thrifty)
+thrifty convert demo.gguf demo    (a folder again)
 
-thrifty convert owner/name-1.58bit model --to autobitlinear    (from the hub; scales that multiply)
+thrifty convert owner/name-1.58bit model --to autobitlinear    (from the hub)
 
 thrifty convert model model.gguf --weight-type TQ1_0 --head-type F16
 

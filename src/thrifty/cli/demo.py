@@ -22,9 +22,9 @@ EPILOG = """Examples:
 
 thrifty demo
 
-thrifty demo --fresh                            (forget the earlier run)
+thrifty demo --fresh    (forget the earlier run)
 
-thrifty demo --preset tiny --output runs/tiny   (seconds, and a model that babbles)
+thrifty demo --preset tiny --output runs/tiny    (seconds; it babbles)
 """
 
 #: Opens the sample, and the tokens that torch and the runtime continue greedily.

@@ -16,7 +16,7 @@ EPILOG = """Examples:
 
 thrifty eval runs/notes-packed letters.txt
 
-thrifty eval runs/demo/packed --head-bits 16,8,4 --cache-bits 32,16,8    (the text that the demo holds out)
+thrifty eval runs/demo/packed --head-bits 16,8,4 --cache-bits 32,16,8
 
 The others are compared with the first row. A token is scored once, with at least WINDOW - STRIDE tokens before it.
 """

@@ -13,7 +13,7 @@ EPILOG = """Examples:
 
 thrifty generate runs/notes-packed "Once upon a time"
 
-thrifty generate runs/notes-packed "The parser" --temperature 0.8 --top-p 0.95 --seed 1
+thrifty generate runs/notes-packed "The parser" --temperature 0.8 --top-p 0.95
 
 cat letter.txt | thrifty generate runs/notes-packed -
 """

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 EPILOG = """Examples:
 
-thrifty train                                   (the built-in text, the demo's model)
+thrifty train    (the built-in text, the demo's model)
 
 thrifty train notes.txt --preset tiny --output runs/notes
 
 thrifty train my-folder/ --steps 2000 --set hidden_size=512
 
-thrifty train --model doge --linear ternary     (dynamic mask attention, 1.58 bits a weight)
+thrifty train --model doge --linear ternary    (dynamic mask attention)
 
 thrifty train --dataset roneneldan/TinyStories --max-minutes 60
 
