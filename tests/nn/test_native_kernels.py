@@ -251,11 +251,12 @@ def test_memory_falls_and_shared_layers_stay_shared():
 
 
 def test_hooks_stay_on_a_layer():
-    model, seen = nn.Sequential(layer("bitlinear", "offline", False, False, torch.float32)), []
-    model[0].register_forward_hook(lambda *_: seen.append("after"))
-    model[0].register_forward_pre_hook(lambda *_: seen.append("before"))
+    theirs: Any = layer("bitlinear", "offline", False, False, torch.float32)
+    model, seen = nn.Sequential(theirs), []
+    theirs.register_forward_hook(lambda *_: seen.append("after"))
+    theirs.register_forward_pre_hook(lambda *_: seen.append("before"))
     use_native_kernels(model)
-    model(torch.randn(2, model[0].in_features))
+    model(torch.randn(2, theirs.in_features))
     assert seen == ["before", "after"]
 
 

@@ -1,7 +1,7 @@
 """What plain transformers calls a decoder, where it has one that computes the same."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from thrifty.checkpoint.config import DecoderConfig
 from thrifty.checkpoint.names import has_bias, linear_shapes
@@ -63,21 +63,11 @@ def biased(config: DecoderConfig) -> list[str]:
     return [linear for linear in linear_shapes(config) if config.linear != "dense" and has_bias(config, linear)]
 
 
-class AttentionChoices(Protocol):
-    """What tells the models of transformers apart that have attention to all keys and a gated feed-forward."""
+def attention_model_type(config: Any) -> str | None:
+    """The model type of transformers that has attention, a gated feed-forward and these norms and biases, or None.
 
-    hidden_size: int
-    num_attention_heads: int
-    head_dim: Any
-    norm_placement: Any
-    attention_bias: bool
-    attention_out_bias: bool
-    attention_qk_norm: bool
-    mlp_bias: bool
-
-
-def attention_model_type(config: AttentionChoices) -> str | None:
-    """The model type of transformers with these norms and biases; None where it has none."""
+    config: a `DecoderConfig`, or `thrifty.models.ThriftyConfig`, whose fields have the same names.
+    """
     whole = config.attention_out_bias or not config.attention_bias
     if config.norm_placement == "sub_ln":
         square = config.num_attention_heads * config.head_dim == config.hidden_size
