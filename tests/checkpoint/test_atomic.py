@@ -61,14 +61,14 @@ def test_a_write_that_the_system_refuses(tmp_path):
     """
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "old").write_text("old")
+    (folder / "config.json").write_text("old")
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(folder)], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("[save]")
     assert "file too large" in done.stdout
     assert os.listdir(tmp_path) == ["model"]
-    assert os.listdir(folder) == ["old"]
+    assert os.listdir(folder) == ["config.json"]
 
 
 def test_an_error_of_rust_about_the_disk_is_understood(tmp_path):
@@ -80,7 +80,7 @@ def test_an_error_of_rust_about_the_disk_is_understood(tmp_path):
 def test_folder_replaces_the_old_one_only_when_told(tmp_path):
     folder = tmp_path / "model"
     with atomic_folder(folder) as new:
-        (new / "a").write_text("1")
+        (new / "config.json").write_text("1")
     with pytest.raises(ThriftyError, match="exists"), atomic_folder(folder):
         pass
     with atomic_folder(folder, overwrite=True) as new:
@@ -89,21 +89,42 @@ def test_folder_replaces_the_old_one_only_when_told(tmp_path):
     assert os.listdir(tmp_path) == ["model"]
 
 
+@pytest.mark.parametrize("content", ["notes.txt", "config.json/x", "inner/config.json"])
+def test_a_folder_of_other_things_is_never_replaced(tmp_path, content):
+    file = tmp_path / "home" / content
+    file.parent.mkdir(parents=True)
+    file.write_text("kept")
+    refused = pytest.raises(ThriftyError, match="only a model's folder is replaced")
+    with refused, atomic_folder(tmp_path / "home", overwrite=True):
+        pass
+    assert file.read_text() == "kept"
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to("model")
+    with atomic_folder(tmp_path / "link", overwrite=True) as new:
+        (new / "b").write_text("2")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["link", "model"]
+    assert os.listdir(tmp_path / "model") == ["b"]
+
+
 def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "old").write_text("old")
+    (folder / "config.json").write_text("old")
     rename = os.rename
 
     def second_fails(source, target):
-        if str(target) == str(folder) and not (os.path.isdir(source) and os.listdir(source) == ["old"]):
+        if str(target) == str(folder) and not (os.path.isdir(source) and os.listdir(source) == ["config.json"]):
             raise OSError(errno.ENOSPC, "full")
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", second_fails)
     with pytest.raises(ThriftyError), atomic_folder(folder, overwrite=True) as new:
         (new / "new").write_text("new")
-    assert os.listdir(folder) == ["old"]
+    assert os.listdir(folder) == ["config.json"]
     assert os.listdir(tmp_path) == ["model"]
 
 

@@ -85,8 +85,11 @@ def test_an_existing_folder_is_replaced_only_when_forced(latent, tmp_path, capsy
     assert main(["pack", str(latent), str(tmp_path / "out")]) == 2
     assert "exists" in capsys.readouterr().err
     assert os.listdir(tmp_path / "out") == ["mine"]
+    assert main(["pack", str(latent), str(tmp_path / "out"), "--force"]) == 2
+    assert "only a model's folder is replaced" in capsys.readouterr().err
+    (tmp_path / "out" / "mine").rename(tmp_path / "out" / "config.json")
     assert main(["pack", str(latent), str(tmp_path / "out"), "--force"]) == 0
-    assert "mine" not in os.listdir(tmp_path / "out")
+    assert "model.safetensors" in os.listdir(tmp_path / "out")
     assert main(["pack", str(latent), str(latent), "--force"]) == 2
     assert "folder of its own" in capsys.readouterr().err
 

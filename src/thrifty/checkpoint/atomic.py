@@ -74,13 +74,19 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """An empty folder beside `path` that takes its place when the block ends, its files fsynced.
 
     A block that raises leaves `path` as it was, and nothing beside it. Raises ThriftyError where `path` exists and
-    `overwrite` is false, the disk is full, or the place cannot be written.
+    `overwrite` is false or it holds more than a model, the disk is full, or the place cannot be written.
     """
-    path = Path(path)
+    # A link stays, and what it leads to is replaced.
+    path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
     if path.exists() and not overwrite:
         raise ThriftyError(f"[save] the output folder must be new; {path} exists; choose another name or force it")
     if path.exists() and not path.is_dir():
         raise ThriftyError(f"[save] the output must be a folder; {path} is a file; choose another name")
+    if path.exists() and not _is_model_or_empty(path):
+        raise ThriftyError(
+            f"[save] only a model's folder is replaced; {path} holds other things, which would be lost; choose another "
+            "name"
+        )
     with _whole_or_not(path):
         _make_parent(path)
         temporary = _beside(path)
@@ -159,6 +165,13 @@ def _make_parent(path: Path) -> None:
 def _beside(path: Path) -> Path:
     """A free name in the folder of `path`: a rename is atomic only within one file system."""
     return path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+
+
+def _is_model_or_empty(folder: Path) -> bool:
+    """Whether a folder is empty, or has the files of one model and no folders but that of its chat templates."""
+    entries = list(folder.iterdir())
+    flat = all(entry.is_file() or entry.name == "additional_chat_templates" for entry in entries)
+    return not entries or (flat and (folder / "config.json").is_file())
 
 
 def _put_in_place(new: Path, path: Path) -> None:

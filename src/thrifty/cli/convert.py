@@ -27,6 +27,8 @@ thrifty convert model model.gguf --weight-type TQ1_0 --head-type F16
 Codes and scales of ternary weights are the same bits on every way there and back. What is rounded is printed.
 """
 
+#: Ends of names that are no folder's.
+FILES = (".safetensors", ".bin", ".pt", ".pth", ".keras", ".json")
 TARGETS = ("autobitlinear", "bitlinear", "gguf")
 
 
@@ -61,11 +63,13 @@ def main(
     Reads folders of transformers (BitNet, Llama, Mistral, Qwen: packed by either convention, or master weights), of
     1bitLLM and of this package, and GGUF files (TQ1_0, TQ2_0, I2_S). Needs no torch, and memory for a few tensors.
     """
-    to = to or ("gguf" if output.suffix == ".gguf" else "autobitlinear")
+    to = to.lower() if to else "gguf" if output.suffix == ".gguf" else "autobitlinear"
     if to not in TARGETS:
         raise ThriftyError(f"[convert] --to must be one of {', '.join(TARGETS)}; got '{to}'")
-    if (to == "gguf") != (output.suffix == ".gguf"):
-        raise ThriftyError(f"[convert] a GGUF file ends in .gguf, and nothing else does; got {output} for '{to}'")
+    if (to == "gguf") != (output.suffix == ".gguf") or output.suffix.lower() in FILES:
+        raise ThriftyError(
+            f"[convert] a GGUF file's name ends in .gguf, and a folder's like no file's; got {output} for '{to}'"
+        )
     other = {"--dtype": dtype} if to == "gguf" else {"--weight-type": weight_type, "--head-type": head_type}
     other |= {} if to == "gguf" else {"--any-activation": any_activation or None}
     given = [name for name, value in other.items() if value is not None]

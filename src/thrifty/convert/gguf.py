@@ -17,7 +17,7 @@ from thrifty.checkpoint.names import EMBEDDING, HEAD, expected_tensors, linear_s
 from thrifty.checkpoint.pipeline import made_in_order
 from thrifty.checkpoint.safetensors import Tensor
 from thrifty.checkpoint.transformers_config import biased, transformers_config
-from thrifty.convert.report import Conversion, Written, refuse_onto_itself
+from thrifty.convert.report import Conversion, Written, opened, refuse_onto_itself
 from thrifty.errors import ThriftyError
 from thrifty.spec import ROW_BLOCK
 
@@ -29,7 +29,7 @@ _ARCHITECTURES = {"bitnet": "bitnet", "llama": "llama", "mistral": "llama", "qwe
 
 
 def to_gguf(
-    source: Folder,
+    source: Folder | str | Path,
     output: str | Path,
     weight_type: str = "TQ2_0",
     head_type: str = "Q8_0",
@@ -43,10 +43,12 @@ def to_gguf(
     weight_type: of ternary weights; a scale that their float16 does not hold is kept in the metadata as well.
     head_type: of the embedding and the output head. any_activation: write ReLU² and others too, which llama.cpp
     computes as SiLU, for builds that read `<architecture>.hidden_activation`, and for the way back. written: told the
-    name of each tensor once it is written.
+    name of each tensor once it is written. source: a path, a hub id, or what `thrifty.checkpoint.open_model` gives.
     Raises ThriftyError where the target would compute something else from the file.
     """
-    output = Path(output)
+    source, output = opened(source), Path(output)
+    if output.suffix != ".gguf":
+        raise ThriftyError(f"[convert] the name of a GGUF file ends in .gguf, by which it is known; got {output}")
     refuse_onto_itself(source, output)
     if output.exists() and not overwrite:
         raise ThriftyError(f"[convert] the output file must be new; {output} exists; choose another name or force it")
@@ -59,7 +61,9 @@ def to_gguf(
     report = Conversion(output)
     vocabulary = _vocabulary(source)
     if vocabulary is None:
-        report.notes.append("there is no tokenizer, so the file has no vocabulary: llama.cpp takes token ids alone")
+        report.notes.append(
+            "there is no tokenizer, so the file has no vocabulary, without which few programs on llama.cpp run it"
+        )
     linears = {
         f"model.layers.{layer}.{linear}": shape
         for layer in range(source.config.num_hidden_layers)

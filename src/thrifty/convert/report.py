@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from thrifty import native
 from thrifty.checkpoint.folder import Folder
+from thrifty.checkpoint.model import open_model
 from thrifty.errors import ThriftyError
 
 #: Told the name of a tensor once it is written.
@@ -30,5 +32,11 @@ class Conversion:
 
 def refuse_onto_itself(source: Folder, output: Path) -> None:
     """Raises ThriftyError where a conversion would replace what it reads."""
-    if output.exists() and output.resolve() == source.path.resolve():
-        raise ThriftyError(f"[convert] the output must be another place than the source; got {output} for both")
+    read, made = source.path.resolve(), output.resolve()
+    if made == read or made in read.parents:
+        raise ThriftyError(f"[convert] the output must not be the source or hold it; got {output} for {source.path}")
+
+
+def opened(source: Folder | str | Path) -> Folder:
+    """A model that is open already, or a path or hub id."""
+    return source if isinstance(source, Folder) else open_model(source, native.gguf_decode)

@@ -15,7 +15,7 @@ from thrifty.checkpoint.folder import TEXT_FILES, Folder, check_tensors, holds_c
 from thrifty.checkpoint.names import EMBEDDING, expected_tensors, linear_shapes
 from thrifty.checkpoint.safetensors import Pending, Tensor, save_safetensors
 from thrifty.checkpoint.transformers_config import biased, transformers_config
-from thrifty.convert.report import Conversion, Written, refuse_onto_itself
+from thrifty.convert.report import Conversion, Written, opened, refuse_onto_itself
 from thrifty.errors import ThriftyError
 from thrifty.spec import ROW_BLOCK, round_bf16
 
@@ -26,7 +26,7 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def to_transformers(
-    source: Folder,
+    source: Folder | str | Path,
     output: str | Path,
     linear_class: str = "autobitlinear",
     *,
@@ -40,9 +40,10 @@ def to_transformers(
     weights are quantised as their own forward pass does it. dtype: of dense tensors, a key of `DTYPES`; None leaves
     them as they are, or where they differ takes one that holds them all. written: told the name of each tensor once it
     is written.
+    source: a path, a hub id, or what `thrifty.checkpoint.open_model` gives.
     Raises ThriftyError where the model has no ternary linears, or linear_class would compute something else.
     """
-    output = Path(output)
+    source, output = opened(source), Path(output)
     if linear_class not in LINEAR_CLASSES:
         raise ThriftyError(f"[convert] linear_class must be one of {', '.join(LINEAR_CLASSES)}; got '{linear_class}'")
     if dtype is not None and dtype not in DTYPES:
@@ -84,8 +85,8 @@ def _fields(source: Folder, linear_class: str) -> dict:
     config, given = source.config, source.json("config.json")
     if config.linear == "dense":
         raise ThriftyError(
-            f"[convert] a packed folder is of ternary or binary linears; those of {source.path} are dense; train it "
-            "with low-bit linears first (thrifty.nn.ternarize)"
+            f"[convert] a packed folder is of ternary or binary linears; config.json says that those of {source.path} "
+            "are dense; what `ternarize` trained is loaded by ThriftyForCausalLM.from_pretrained(..., linear='ternary')"
         )
     fields = transformers_config(config, given)
     plain = fields is not None

@@ -143,8 +143,13 @@ def save_packed(model: CheckpointedModel, folder: str | os.PathLike, dtype: torc
     """Write the packed form of a model: codes at 2 bits, scales, and the rest in dtype. The model is left as it is.
 
     Loaded again, it gives the same logits, bit for bit, where the dense parameters hold values of dtype
-    (`round_dense_parameters`). The tokenizer is the caller's to copy.
+    (`round_dense_parameters`). The tokenizer is the caller's to copy. Raises ThriftyError for other models.
     """
+    if not isinstance(model, CheckpointedModel):
+        raise ThriftyError(
+            f"[save_packed] model must be one of thrifty.models, which alone reads such a folder; got "
+            f"{type(model).__name__}; keep torch.save(pack(model).state_dict(), file)"
+        )
     packed: Any = pack(model)
     packed.to(dtype).save_pretrained(folder)
 

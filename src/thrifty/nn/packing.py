@@ -219,6 +219,10 @@ def _unpack_linear(packed: PackedBitLinear) -> BitLinear:
 def _swap_leaves(model: M, swap: Callable[[nn.Module], nn.Module | None], where: Where | None) -> M:
     """A copy of the model with leaves replaced by what `swap` gives, if anything."""
     # deepcopy takes what stands in the memo for a copy, so a replaced leaf's weights are never copied.
+    if not isinstance(model, nn.Module):
+        raise ThriftyError(
+            f"[pack] model must be a torch.nn.Module; got {type(model).__name__}; `ternarize` changes a model in place"
+        )
     memo: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
         if where is None or where(name, module):

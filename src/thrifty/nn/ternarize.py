@@ -74,6 +74,8 @@ def ternarize(
         raise ThriftyError(
             f"[ternarize] every parameter must have its shape; got '{lazy[0]}' without; run the model once"
         )
+    if where is not None and not callable(where):
+        raise ThriftyError(f"[ternarize] where must be a function of name and module; got {type(where).__name__}")
     if isinstance(also, str):
         raise ThriftyError(f"[ternarize] also must be a collection of names; got the text '{also}'; write ['{also}']")
     chosen, skipped = _choose(model, where, norm, also)

@@ -428,7 +428,8 @@ class Runtime:
         if self.tokenizer is None:
             self._folder.text("tokenizer.json")  # of a vocabulary that is not read here it says why
             raise ThriftyError(
-                f"[tokenizer] text needs a tokenizer; {self._folder.path} has no tokenizer.json; pass token ids"
+                f"[tokenizer] text needs a tokenizer; {self._folder.path} has no tokenizer.json; give token ids to "
+                "generate_tokens or stream_tokens"
             )
         return self.tokenizer
 
