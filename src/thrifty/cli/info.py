@@ -90,16 +90,16 @@ def installation() -> dict[str, Any]:
 
 def _extras() -> dict[str, dict[str, str | None]]:
     """Versions of the modules of every extra; None where one is not installed."""
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import packages_distributions, version
 
     from thrifty.cli.app import EXTRA_OF
 
     extras: dict[str, dict[str, str | None]] = {}
+    distributions = packages_distributions()
     for module, extra in EXTRA_OF.items():
-        try:
-            found = version(module)
-        except PackageNotFoundError:
-            found = None
+        names = distributions.get(module, [])
+        # One module can come in several: tensorflow in tensorflow-cpu.
+        found = version(names[0]) if names else None
         extras.setdefault(extra, {})[module] = found
     return extras
 
