@@ -9,6 +9,7 @@ models are trained; "compiled" is the same layer through `torch.compile` (a C++ 
 
 import argparse
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from thrifty import spec
 from thrifty.nn import BitLinear
 
 
-def step(layer: nn.Module, x: Tensor, grad: Tensor, bf16: bool) -> Tensor:
+def step(layer: Any, x: Tensor, grad: Tensor, bf16: bool) -> Tensor:
     """Forward and backward; the output."""
     layer.zero_grad()
     x.grad = None
