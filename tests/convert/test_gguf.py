@@ -78,6 +78,28 @@ def test_there_and_back_codes_scales_and_texts_are_the_same_bits(tmp_path):
     assert differ == {"quantization_config"}
 
 
+@pytest.mark.parametrize("weight_type", ["TQ1_0", "TQ2_0"])
+def test_a_gguf_file_comes_back_through_a_folder_and_goes_on_as_another(file, tmp_path, weight_type):
+    said = {"general.author": "someone", "general.license": "apache-2.0", "general.name": "tiny"}
+    said["tokenizer.chat_template"] = "{{ messages }}"
+    to_gguf(file, tmp_path / "plain.gguf", weight_type, "BF16")
+    first = copied(
+        tmp_path / "plain.gguf", tmp_path / "first.gguf", said | {"tokenizer.chat_template": "{{ messages }}"}
+    )
+    to_transformers(first, tmp_path / "folder")
+    to_gguf(tmp_path / "folder", tmp_path / "again.gguf", weight_type, "BF16")
+    to_gguf(first, tmp_path / "direct.gguf", weight_type, "BF16")
+    before = open_gguf(first)
+    for name in ("again", "direct"):
+        after = open_gguf(tmp_path / f"{name}.gguf")
+        for tensor, block in before.tensors.items():
+            assert (after.tensors[tensor].kind, after.tensors[tensor].shape) == (block.kind, block.shape)
+            np.testing.assert_array_equal(after.tensors[tensor].data, block.data, err_msg=tensor)
+        for key, value in before.metadata.items():
+            if key.startswith(("general.", "tokenizer.", "bitnet.")):
+                np.testing.assert_array_equal(after.metadata[key], value, err_msg=key)
+
+
 @pytest.mark.parametrize("scale", [1e-9, 70_000.0, 0.1])
 def test_a_scale_that_float16_does_not_hold_is_kept(tmp_path, scale):
     path = source(tmp_path / "source", "bitnet")

@@ -11,7 +11,7 @@ from thrifty.checkpoint.config import DecoderConfig, parse_json, read_config, re
 from thrifty.checkpoint.families import our_name
 from thrifty.checkpoint.latent import multiplied_codes, rounded_scale, scaled_codes, transformers_factor
 from thrifty.checkpoint.names import EMBEDDING, HEAD, expected_tensors
-from thrifty.checkpoint.safetensors import FLOATS, Tensor, open_safetensors
+from thrifty.checkpoint.safetensors import FLOATS, Tensor, open_safetensors, read_metadata
 from thrifty.errors import ThriftyError
 from thrifty.spec import binary_codes, round_bf16
 
@@ -86,6 +86,11 @@ class Folder:
             raise ThriftyError(
                 f"[checkpoint] {path} must be UTF-8; byte {error.start} is not; save it again"
             ) from error
+
+    def origin(self) -> dict[str, str]:
+        """What is said of the model's name, authors, licence, ..., by the keys of GGUF ("general.author")."""
+        path = self.path / _WEIGHTS
+        return general_texts(read_metadata(path) if path.is_file() else {})
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder; empty where it is absent."""
@@ -195,6 +200,16 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
             raise ThriftyError(f"[checkpoint] shards must lie in their folder; {folder / _INDEX} names '{file}'")
         tensors |= open_safetensors(folder / file)
     return tensors
+
+
+def general_texts(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Texts about a model, without what says how its file is made."""
+    made = ("general.architecture", "general.type")
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key.startswith("general.") and isinstance(value, str) and key not in made
+    }
 
 
 def _renamed(path: Path, tensors: dict[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:

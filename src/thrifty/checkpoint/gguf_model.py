@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from thrifty.checkpoint.config import DecoderConfig, config_of
-from thrifty.checkpoint.folder import Folder, check_tensors
+from thrifty.checkpoint.folder import Folder, check_tensors, general_texts
 from thrifty.checkpoint.gguf import GGUF, Block, open_gguf
 from thrifty.checkpoint.gguf_vocabulary import tokenizer_config, tokenizer_json
 from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD, linear_shapes
@@ -46,6 +46,8 @@ ARCHITECTURES = {
     "qwen2": ("qwen2", "silu"),
     "qwen3": ("qwen3", "silu"),
 }
+#: How keys of a tokenizer begin.
+VOCABULARY = ("tokenizer.", "thrifty.tokenizer_config")
 #: Keys of our own: config.json and generation_config.json, and the scales that float16 does not hold.
 CONFIG, GENERATION_CONFIG, SCALE = "thrifty.config", "thrifty.generation_config", "thrifty.scale."
 
@@ -81,6 +83,15 @@ class GGUFFolder(Folder):
         self.tensors[f"{linear}.weight"].release()
         scales = scales[scales > 0]
         return self._scale_of(linear, scales) if len(scales) == 1 else self.codes(linear, block.shape[0])[1]
+
+    def origin(self) -> dict[str, str]:
+        """Texts of the metadata about the model."""
+        return general_texts(self.metadata)
+
+    def vocabulary(self) -> dict[str, Any] | None:
+        """The metadata of the tokenizer; None where there is none."""
+        found = {key: value for key, value in self.metadata.items() if key.startswith(VOCABULARY)}
+        return found if "tokenizer.ggml.model" in found else None
 
     def packed(self, linear: str) -> None:
         """None: a row is not stored as `spec.ROW_BLOCK` has it."""

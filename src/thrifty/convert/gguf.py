@@ -11,7 +11,7 @@ import numpy as np
 from thrifty import native
 from thrifty.checkpoint.folder import Folder, holds_codes
 from thrifty.checkpoint.gguf import TensorToWrite, save_gguf
-from thrifty.checkpoint.gguf_model import CONFIG, GENERATION_CONFIG, LAYER_NAMES, NAMES, SCALE, neighbours
+from thrifty.checkpoint.gguf_model import CONFIG, GENERATION_CONFIG, LAYER_NAMES, NAMES, SCALE, GGUFFolder, neighbours
 from thrifty.checkpoint.gguf_vocabulary import vocabulary_metadata
 from thrifty.checkpoint.names import EMBEDDING, HEAD, expected_tensors, linear_shapes
 from thrifty.checkpoint.pipeline import made_in_order
@@ -151,12 +151,15 @@ def _metadata(source: Folder, architecture: str, fields: dict[str, Any], weight_
         "general.file_type": np.uint32(WEIGHT_TYPES[weight_type]),
         "general.quantization_version": np.uint32(2),
         **{f"{architecture}.{name}": value for name, value in numbers.items()},
+        **source.origin(),
         CONFIG: json.dumps(fields),
         **({} if generation is None else {GENERATION_CONFIG: generation}),
     }
 
 
 def _vocabulary(source: Folder) -> dict[str, Any] | None:
+    if isinstance(source, GGUFFolder):
+        return source.vocabulary()
     tokenizer = source.text("tokenizer.json")
     if tokenizer is None:
         slow = [

@@ -62,7 +62,7 @@ def to_transformers(
         written(name)
 
     with atomic_folder(output, overwrite) as folder:
-        save_safetensors(folder / "model.safetensors", tensors, {"format": "pt"}, done)
+        save_safetensors(folder / "model.safetensors", tensors, {"format": "pt"} | source.origin(), done)
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         copy_texts(source, folder)
     return report
