@@ -4,18 +4,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers_folders import CONVENTIONS, FAMILIES, TOKENS, check_parity, eager_bitnet, write_folder
+from transformers_folders import CONVENTIONS, FAMILIES, TOKENS, check_parity, write_folder
 
 from thrifty import ThriftyError
 from thrifty.checkpoint import open_folder, open_model
 from thrifty.convert import to_gguf, to_transformers
 from thrifty.runtime import load
 
-
-@pytest.fixture(scope="module", autouse=True)
-def eager():
-    with eager_bitnet():
-        yield
+pytestmark = pytest.mark.usefixtures("eager_bitnet")
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)

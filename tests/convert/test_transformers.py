@@ -9,7 +9,7 @@ import pytest
 import torch
 from models.suite import QUANTISED, small_model
 from tiny_checkpoints import PACKED, write_checkpoint
-from transformers_folders import eager_bitnet, transformers_model
+from transformers_folders import transformers_model
 
 from thrifty import ThriftyError
 from thrifty.checkpoint import Tensor, open_folder, open_safetensors, save_safetensors
@@ -18,6 +18,7 @@ from thrifty.convert import to_transformers
 from thrifty.models import save_packed
 from thrifty.runtime import load
 
+pytestmark = pytest.mark.usefixtures("eager_bitnet")
 TOKENS = np.random.default_rng(5).integers(0, 300, 100).tolist()
 #: What is written, and the model type that plain transformers has for it.
 SOURCES: dict[str, tuple[dict[str, Any], str]] = {
@@ -28,12 +29,6 @@ SOURCES: dict[str, tuple[dict[str, Any], str]] = {
     "latent": ({"latent": True}, "bitnet"),
     "latent of transformers": ({"latent": True, "model_type": "bitnet", "online": True}, "bitnet"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def eager():
-    with eager_bitnet():
-        yield
 
 
 def source(path: Path, name: str) -> Path:

@@ -1,8 +1,5 @@
 """Against plain transformers, and the seed's calls."""
 
-import importlib
-import warnings
-
 import pytest
 import torch
 import transformers
@@ -12,19 +9,6 @@ from thrifty.models import BitNetConfig, BitNetForCausalLM, BitNetModel, BitNetT
 from thrifty.nn import is_packed, pack
 
 pytestmark = pytest.mark.usefixtures("quiet")
-
-
-@pytest.fixture(scope="module")
-def eager_transformers():
-    """transformers' BitNet with its `torch.compile` decorators doing nothing."""
-    import torch._dynamo
-
-    torch._dynamo.config.disable = True
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch, on importing its compiler
-        importlib.import_module("transformers.integrations.bitnet")
-    yield transformers
-    torch._dynamo.config.disable = False
 
 
 def bitnet(seed: int = 0, **fields) -> BitNetForCausalLM:
@@ -42,29 +26,29 @@ def logits(model, tokens) -> torch.Tensor:
     "fields",
     [{}, {"hidden_act": "relu2", "tie_word_embeddings": False}, {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6}],
 )
-def test_plain_transformers_computes_the_same_from_a_packed_folder(eager_transformers, tmp_path, fields):
+def test_plain_transformers_computes_the_same_from_a_packed_folder(eager_bitnet, tmp_path, fields):
     model = bitnet(**fields)
     save_packed(model, tmp_path, torch.float32)
-    theirs = eager_transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(theirs) is transformers.BitNetForCausalLM
     tokens = small_tokens(100, 4)
     # Its norm and its quantiser round in another order, and its products are not exact: some codes fall elsewhere.
     close_in_most(logits(theirs, tokens), logits(model, tokens))
 
 
-def test_plain_transformers_runs_a_folder_in_bfloat16(eager_transformers, tmp_path):
+def test_plain_transformers_runs_a_folder_in_bfloat16(eager_bitnet, tmp_path):
     model = bitnet()
     save_packed(model, tmp_path)
-    theirs = eager_transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     tokens = small_tokens(8, 12)
     ours, got = logits(model, tokens), logits(theirs, tokens)
     assert (got - ours).abs().mean() < 0.03 * (ours.max() - ours.min())
 
 
-def test_plain_transformers_reads_a_latent_folder(eager_transformers, tmp_path):
+def test_plain_transformers_reads_a_latent_folder(eager_bitnet, tmp_path):
     model = bitnet()
     model.save_pretrained(tmp_path)
-    theirs = eager_transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     tokens = small_tokens(8, 12)
     ours, got = logits(model, tokens), logits(theirs, tokens)
     # It does not round its scales to bfloat16.

@@ -6,22 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers_folders import eager_bitnet, transformers_model, write_folder
+from transformers_folders import transformers_model, write_folder
 
 from thrifty import ThriftyError
 from thrifty.models import ThriftyForCausalLM, save_packed
 from thrifty.nn import BitLinear, is_packed
 from thrifty.runtime import load
 
-pytestmark = pytest.mark.usefixtures("quiet")
+pytestmark = pytest.mark.usefixtures("quiet", "eager_bitnet")
 TOKENS = torch.randint(0, 300, (1, 100), generator=torch.Generator().manual_seed(0))
 PLAIN = {"llama": "llama", "llama-bias": "llama", "llama3-rope": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def eager():
-    with eager_bitnet():
-        yield
 
 
 def logits(model) -> np.ndarray:

@@ -22,20 +22,13 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from transformers.integrations import bitnet as theirs
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="needs the native library")
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason="needs the native library"),
+    pytest.mark.usefixtures("eager_bitnet"),
+]
 
 #: linear_class, quantization_mode
 CONVENTIONS = [("bitlinear", "offline"), ("autobitlinear", "offline"), ("autobitlinear", "online")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def eager():
-    """transformers' `torch.compile` decorators doing nothing: they take seconds each."""
-    import torch._dynamo
-
-    torch._dynamo.config.disable = True
-    yield
-    torch._dynamo.config.disable = False
 
 
 def layer(linear_class: str, mode: str, bias: bool, norm: bool, dtype: torch.dtype, cols=63, rows=20) -> Any:

@@ -11,13 +11,9 @@ from thrifty.runtime import load
 torch = pytest.importorskip("torch", exc_type=ImportError)
 pytest.importorskip("transformers", exc_type=ImportError)
 
-from transformers_folders import CONVENTIONS, FAMILIES, TOKENS, check_parity, eager_bitnet, write_folder  # noqa: E402
+from transformers_folders import CONVENTIONS, FAMILIES, TOKENS, check_parity, write_folder  # noqa: E402
 
-
-@pytest.fixture(scope="module", autouse=True)
-def eager():
-    with eager_bitnet():
-        yield
+pytestmark = pytest.mark.usefixtures("eager_bitnet")
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
