@@ -176,7 +176,6 @@ class _Reader:
         own = family.own
         if name == "hgrn_bit":
             self.fields = self.matmulfree()
-        doge: Any = "scaled" if name == "doge" else "plain"
         hidden, heads, kv_heads, head_dim = self.widths()
         positions = self.integer("max_position_embeddings", 2048)
         if positions > MOST_POSITIONS:
@@ -210,8 +209,8 @@ class _Reader:
             norm_placement=self.one_of("norm_placement", ("pre", "sub_ln"), "sub_ln") if own else family.norm_placement,
             mlp_bias=self.boolean("mlp_bias", False),
             mixers=mixers,
-            residual=self.one_of("residual", ("plain", "scaled"), "plain") if own else doge,
-            qk_norm=masked and (doge == "scaled" or self.boolean("qk_norm", False)),
+            residual=self.one_of("residual", ("plain", "scaled"), "plain") if own else family.residual,
+            qk_norm=masked and (family.qk_norm or self.boolean("qk_norm", False)),
             attention_qk_norm=self.boolean("attention_qk_norm", False) if own else family.attention_qk_norm,
             linear_norm_eps=self.linear_norm_eps(family) if linear != "dense" else None,
             ternary_head=family.ternary_head,

@@ -14,11 +14,14 @@ class Family:
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
     norm_placement: Literal["pre", "sub_ln"] = "pre"
+    residual: Literal["plain", "scaled"] = "plain"
     #: Whether config.json can choose mixers, feed-forward, linears and norms: the model types of this package.
     own: bool = False
     #: Biases of q, k and v; of o where those have one.
     attention_bias: bool = False
     attention_out_bias: bool = True
+    #: Norms of queries and keys: of a dynamic mask, of attention.
+    qk_norm: bool = False
     attention_qk_norm: bool = False
     #: The token mixer of every layer, where config.json cannot choose.
     mixer: str = "attention"
@@ -46,7 +49,7 @@ FAMILIES = {
     "thrifty": Family(rms_norm_eps=1e-5, norm_placement="sub_ln", own=True),
     "cheems": Family(rms_norm_eps=1e-5, norm_placement="sub_ln", own=True),
     "matmulfree": Family(rms_norm_eps=1e-5, norm_placement="sub_ln", own=True),
-    "doge": Family(mixer="dynamic_mask"),
+    "doge": Family(mixer="dynamic_mask", residual="scaled", qk_norm=True),
     "bitnet": Family(500_000.0, 1e-5, "relu2", "sub_ln", names=_SUB_NORMS),
     "llama": Family(),
     "mistral": Family(),

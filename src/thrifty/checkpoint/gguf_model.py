@@ -13,7 +13,7 @@ from thrifty.checkpoint.config import DecoderConfig, config_of
 from thrifty.checkpoint.folder import Folder, check_tensors, general_texts
 from thrifty.checkpoint.gguf import GGUF, Block, open_gguf
 from thrifty.checkpoint.gguf_vocabulary import tokenizer_config, tokenizer_json
-from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD, linear_shapes
+from thrifty.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD, all_linears
 from thrifty.checkpoint.safetensors import DTYPES, Tensor
 from thrifty.checkpoint.transformers_config import CLASSES
 from thrifty.errors import ThriftyError
@@ -164,11 +164,7 @@ def _check(path: Path, blocks: Mapping[str, Block], config: DecoderConfig) -> No
     """Raises ThriftyError where the tensors are not those of the config, or some of its linears are ternary only."""
     described = {name: _Described(_float_name(block.kind), block.shape) for name, block in blocks.items()}
     check_tensors(path, described, replace(config, linear="dense"))
-    linears = {
-        f"model.layers.{layer}.{linear}.weight"
-        for layer in range(config.num_hidden_layers)
-        for linear in linear_shapes(config, layer)
-    }
+    linears = {f"{linear}.weight" for linear in all_linears(config)}
     for name, block in blocks.items():
         ternary = block.kind in GGUF_TERNARY
         if ternary and name not in linears:

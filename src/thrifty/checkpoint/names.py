@@ -65,10 +65,18 @@ def linear_shapes(config: DecoderConfig, layer: int = 0) -> dict[str, tuple[int,
     return shapes
 
 
+def all_linears(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """`linear_shapes` of all layers, by full names ("model.layers.0.self_attn.q_proj")."""
+    return {
+        f"model.layers.{layer}.{linear}": shape
+        for layer in range(config.num_hidden_layers)
+        for linear, shape in linear_shapes(config, layer).items()
+    }
+
+
 def linear_weights(config: DecoderConfig) -> int:
     """Weights of the linears of all layers."""
-    shapes = (linear_shapes(config, layer) for layer in range(config.num_hidden_layers))
-    return sum(rows * cols for layer in shapes for rows, cols in layer.values())
+    return sum(rows * cols for rows, cols in all_linears(config).values())
 
 
 def norm_sizes(config: DecoderConfig, layer: int = 0) -> dict[str, int]:

@@ -10,7 +10,8 @@ import typer
 from thrifty.errors import ThriftyError
 
 if TYPE_CHECKING:
-    from thrifty.checkpoint import Folder
+    from collections.abc import Callable
+
     from thrifty.convert import Conversion
     from thrifty.convert.report import Written
 
@@ -70,34 +71,32 @@ def main(
         raise ThriftyError(
             f"[convert] a GGUF file's name ends in .gguf, and a folder's like no file's; got {output} for '{to}'"
         )
-    other = {"--dtype": dtype} if to == "gguf" else {"--weight-type": weight_type, "--head-type": head_type}
-    other |= {} if to == "gguf" else {"--any-activation": any_activation or None}
-    given = [name for name, value in other.items() if value is not None]
-    if given:
-        raise ThriftyError(f"[convert] {given[0]} has no meaning for '{to}'; leave it out")
-    from thrifty import native
-    from thrifty.checkpoint import open_model
+    of_gguf = {"--weight-type": weight_type, "--head-type": head_type, "--any-activation": any_activation or None}
+    for name, value in ({"--dtype": dtype} if to == "gguf" else of_gguf).items():
+        if value is not None:
+            raise ThriftyError(f"[convert] {name} has no meaning for '{to}'; leave it out")
     from thrifty.convert import to_gguf, to_transformers
+    from thrifty.convert.report import opened
 
     start = time.perf_counter()
-    opened = open_model(source, native.gguf_decode)
+    model = opened(source)
 
     def run(written: "Written") -> "Conversion":
         if to == "gguf":
             kinds = ((weight_type or "TQ2_0").upper(), (head_type or "Q8_0").upper())
-            return to_gguf(opened, output, *kinds, any_activation=any_activation, overwrite=force, written=written)
-        return to_transformers(opened, output, to, dtype=dtype, overwrite=force, written=written)
+            return to_gguf(model, output, *kinds, any_activation=any_activation, overwrite=force, written=written)
+        return to_transformers(model, output, to, dtype=dtype, overwrite=force, written=written)
 
-    report = _with_bar(opened, run)
-    _print(report, sum(tensor.data.nbytes for tensor in opened.tensors.values()), time.perf_counter() - start)
+    report = _with_bar(len(model.tensors), run)
+    _print(report, sum(tensor.data.nbytes for tensor in model.tensors.values()), time.perf_counter() - start)
 
 
-def _with_bar(opened: "Folder", run) -> "Conversion":
+def _with_bar(tensors: int, run: "Callable[[Written], Conversion]") -> "Conversion":
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("converting", total=len(opened.tensors))
+        task = progress.add_task("converting", total=tensors)
         return run(lambda _: progress.advance(task))
 
 

@@ -13,7 +13,7 @@ from thrifty.checkpoint.folder import Folder, holds_codes
 from thrifty.checkpoint.gguf import TensorToWrite, save_gguf
 from thrifty.checkpoint.gguf_model import CONFIG, GENERATION_CONFIG, LAYER_NAMES, NAMES, SCALE, GGUFFolder, neighbours
 from thrifty.checkpoint.gguf_vocabulary import vocabulary_metadata
-from thrifty.checkpoint.names import EMBEDDING, HEAD, expected_tensors, linear_shapes
+from thrifty.checkpoint.names import EMBEDDING, HEAD, all_linears, expected_tensors
 from thrifty.checkpoint.pipeline import made_in_order
 from thrifty.checkpoint.safetensors import Tensor
 from thrifty.checkpoint.transformers_config import biased, transformers_config
@@ -64,11 +64,7 @@ def to_gguf(
         report.notes.append(
             "there is no tokenizer, so the file has no vocabulary, without which few programs on llama.cpp run it"
         )
-    linears = {
-        f"model.layers.{layer}.{linear}": shape
-        for layer in range(source.config.num_hidden_layers)
-        for linear, shape in linear_shapes(source.config, layer).items()
-    }
+    linears = all_linears(source.config)
     exact = dict(_inexact_scales(source, list(linears)))
     if exact:
         report.notes.append(

@@ -12,7 +12,7 @@ from thrifty import native
 from thrifty.checkpoint.atomic import atomic_folder
 from thrifty.checkpoint.config import config_of
 from thrifty.checkpoint.folder import TEXT_FILES, Folder, check_tensors, holds_codes, reciprocal
-from thrifty.checkpoint.names import EMBEDDING, expected_tensors, linear_shapes
+from thrifty.checkpoint.names import EMBEDDING, all_linears, expected_tensors, linear_shapes
 from thrifty.checkpoint.safetensors import Pending, Tensor, save_safetensors
 from thrifty.checkpoint.transformers_config import biased, transformers_config
 from thrifty.convert.report import Conversion, Written, opened, refuse_onto_itself
@@ -119,11 +119,7 @@ def _packed_tensors(
 ) -> Iterator[tuple[str, Tensor | Pending]]:
     """Names and tensors of a packed folder."""
     config = source.config
-    linears = {
-        f"model.layers.{layer}.{linear}": shape
-        for layer in range(config.num_hidden_layers)
-        for linear, shape in linear_shapes(config, layer).items()
-    }
+    linears = all_linears(config)
     for name in expected_tensors(config):
         linear, _, last = name.rpartition(".")
         if name not in source.tensors:
@@ -170,13 +166,13 @@ def _stored_scale(multiplier: np.float32, linear_class: str) -> np.ndarray:
 
 def _common_dtype(source: Folder) -> str:
     """The dtype of the dense tensors; where they differ, that of the embedding if it holds them all, else float32."""
-    linears = {name for name in source.tensors if _is_low_bit(source, name)}
-    dense = {name: _exact(source, name) for name in source.tensors.keys() - linears}
+    low_bit = {f"{linear}.{part}" for linear in all_linears(source.config) for part in ("weight", "weight_scale")}
     names = {dtype: name for name, dtype in DTYPES.items()}
     chosen = source.tensors[EMBEDDING].dtype
     if chosen not in names:
         return "float32"
-    for tensor in dense.values():
+    for name in source.tensors.keys() - low_bit:
+        tensor = _exact(source, name)
         if tensor.dtype != chosen:
             values = tensor.float32()
             if not np.isfinite(values).all() or np.abs(values).max() > 6e4:  # float16 ends there
@@ -184,12 +180,6 @@ def _common_dtype(source: Folder) -> str:
             if not np.array_equal(Tensor.of(values, chosen).float32(), values):
                 return "float32"
     return names[chosen]
-
-
-def _is_low_bit(source: Folder, name: str) -> bool:
-    linear = name.removesuffix("_scale").removesuffix(".weight")
-    layer, _, module = linear.removeprefix("model.layers.").partition(".")
-    return linear.startswith("model.layers.") and module in linear_shapes(source.config, int(layer))
 
 
 def _exact(source: Folder, name: str) -> Tensor:
