@@ -34,6 +34,8 @@ class BitLinear(nn.Module):
 
     #: Whether the weight is stored as [in, out].
     transposed: bool = False
+    #: How much of the quantisation counts while it warms up (`thrifty.ops.warm_linear`), a tensor []; None for all.
+    quantization: Tensor | None = None
 
     def __init__(
         self,
@@ -72,6 +74,8 @@ class BitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.rms_norm is None else self.rms_norm(x)
+        if self.quantization is not None:
+            return ops.warm_linear(normalize(x, self.norm), self.latent(), self.bias, self.quantization, self.kind)
         return ops.bit_linear(normalize(x, self.norm), self.latent(), self.bias, self.kind)
 
     def extra_repr(self) -> str:

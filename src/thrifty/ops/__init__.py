@@ -14,6 +14,7 @@ from thrifty.ops.quantize_per_token import quantize_per_token, rms_norm
 from thrifty.ops.rope import apply_rope
 from thrifty.ops.ssd import ssd
 from thrifty.ops.ternary_matmul import pack_weight, ternary_matmul, unpack_weight
+from thrifty.ops.warm_linear import warm_linear
 
 __all__ = [
     "ACTIVATIONS",
@@ -39,4 +40,5 @@ __all__ = [
     "ssd",
     "ternary_matmul",
     "unpack_weight",
+    "warm_linear",
 ]

@@ -26,6 +26,7 @@ from thrifty.spec.rope import RopeScaling, apply_rope, rope_frequencies, rope_ta
 from thrifty.spec.sampling import penalize_repetition, sample
 from thrifty.spec.ssd import ssd
 from thrifty.spec.ternary_matmul import ternary_matmul
+from thrifty.spec.warm_linear import warm_linear
 
 #: Largest difference from the spec allowed in floating-point results, relative to the largest magnitude of the
 #: expected array, by dtype name; "int8" is attention over an 8-bit cache, where a weight at a tie may get either code.
@@ -82,4 +83,5 @@ __all__ = [
     "ternary_codes",
     "ternary_matmul",
     "unpack",
+    "warm_linear",
 ]
