@@ -12,8 +12,8 @@ from thrifty.models import ThriftyForCausalLM
 from thrifty.train.blocks import PackedBlocks
 from thrifty.train.corpus import builtin_corpus
 from thrifty.train.initial import initialize
-from thrifty.train.optimizer import build_optimizer, learning_rate_factor
-from thrifty.train.presets import preset
+from thrifty.train.optimizer import Schedule, build_optimizer
+from thrifty.train.recipe import find_recipe
 from thrifty.train.tokenizer import train_tokenizer
 from thrifty.train.trainer import encode
 
@@ -49,11 +49,12 @@ def train(model: ThriftyForCausalLM, text: Text, batch: int, seed: int, watch: C
     `watch` is called after each step with the steps done and the loss in nats a token.
     """
     steps = len(text.blocks) // batch
-    recipe = preset("demo").override(steps=steps, batch_size=batch, sequence_length=text.length, seed=seed).recipe
+    recipe = find_recipe("demo").override(steps=steps, batch_size=batch, sequence_length=text.length, seed=seed)
+    training = recipe.training
     torch.manual_seed(seed)
-    initialize(model, recipe)
-    optimizer = build_optimizer(model, recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, recipe))
+    initialize(model, training)
+    optimizer = build_optimizer(model, training)
+    schedule = Schedule(optimizer, steps, training)
     model.train()
     for step in range(steps):
         ids = torch.stack([text.blocks[step * batch + i]["input_ids"] for i in range(batch)])

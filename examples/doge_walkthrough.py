@@ -36,7 +36,7 @@ from thrifty.models import DogeConfig, DogeForCausalLM
 from thrifty.train.corpus import builtin_corpus
 from thrifty.train.initial import initialize
 from thrifty.train.optimizer import build_optimizer
-from thrifty.train.presets import preset
+from thrifty.train.recipe import find_recipe
 from thrifty.train.tokenizer import save_tokenizer, train_tokenizer
 
 parser = argparse.ArgumentParser(description="A small Doge from data to evaluation.")
@@ -170,8 +170,8 @@ def arguments(name: str, steps: int, learning_rate: float, schedule: str, **opti
     )
 
 
-recipe = preset("demo").recipe
-initialize(model, recipe)
+training = find_recipe("demo").training
+initialize(model, training)
 topics, prose, _ = corpus.parts
 read = blocks(topics.documents[0] * 2 + "".join(prose.documents), PRETRAINING_STEPS * BATCH)
 trainer = Trainer(
@@ -179,11 +179,11 @@ trainer = Trainer(
     args=arguments(
         "pretraining",
         PRETRAINING_STEPS,
-        recipe.learning_rate,
+        training.learning_rate,
         "warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": max(1, PRETRAINING_STEPS // 2)},
     ),
-    optimizers=(build_optimizer(model, recipe), None),
+    optimizers=(build_optimizer(model, training), None),
     train_dataset=Rows(read),
     data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
 )

@@ -8,7 +8,7 @@ import torch
 from thrifty.cli import main
 from thrifty.cli.demo import parity
 from thrifty.train.corpus import Corpus, Part
-from thrifty.train.presets import preset
+from thrifty.train.recipe import find_recipe
 
 TEXT = "".join(f"The {n}th line of a text that counts its lines.\n" for n in range(300))
 
@@ -17,7 +17,7 @@ TEXT = "".join(f"The {n}th line of a text that counts its lines.\n" for n in ran
 def _small(monkeypatch):
     """The demo on a text of a few lines with a model of a few weights."""
     corpus = Corpus("lines", (Part("text", (TEXT,)),), "The last line of a text.\n" * 20)
-    micro = preset("tiny").override(
+    micro = find_recipe("tiny").override(
         vocab_size=280,
         hidden_size=16,
         intermediate_size=32,
@@ -28,7 +28,7 @@ def _small(monkeypatch):
         eval_every=3,
     )
     monkeypatch.setattr("thrifty.train.corpus.builtin_corpus", lambda: corpus)
-    monkeypatch.setattr("thrifty.train.presets.preset", lambda _: micro)
+    monkeypatch.setattr("thrifty.train.recipe.find_recipe", lambda _: micro)
 
 
 @pytest.mark.usefixtures("_small")

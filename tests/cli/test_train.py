@@ -8,7 +8,7 @@ import pytest
 from thrifty.cli import main
 
 MICRO = [
-    "--preset=tiny",
+    "--recipe=tiny",
     "--vocab-size=270",
     "--steps=3",
     "--batch-size=2",
@@ -58,11 +58,11 @@ def test_in_a_process_of_its_own_a_data_set_of_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--preset=big"], "no preset is called 'big'"),
+        (["--recipe=big"], "no recipe is called 'big'"),
         (["--set=foo"], "--set takes FIELD=VALUE; got foo"),
         (["--set=stepz=3"], "did you mean steps?"),
         (["--set=hidden_size=many"], "hidden_size must be a whole number; got many"),
-        (["--set=compile=yes"], "compile must be true or false; got yes"),
+        (["--set=compile=perhaps"], "compile must be true or false; got perhaps"),
         (["--set=num_attention_heads=3"], "3"),
         (["--tokenizer=words"], "--tokenizer must be bpe or bytes"),
         (["--tokenizer=bytes", "--vocab-size=300"], "plain bytes have 260 pieces"),

@@ -90,7 +90,7 @@ def test_doge_vs_dense_matches_parameters_and_arithmetic(tmp_path):
 def test_kept_keys_reads_a_folder_that_was_trained(tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("".join(f"{i} is followed by {i + 1}.\n" for i in range(500)))
-    sizes = ("--steps", "1", "--batch-size", "2", "--sequence-length", "32", "--preset", "tiny")
+    sizes = ("--steps", "1", "--batch-size", "2", "--sequence-length", "32", "--recipe", "tiny")
     train = [sys.executable, "-m", "thrifty", "train", words, "--model", "doge", "--output", tmp_path / "doge", *sizes]
     subprocess.run(train, check=True, capture_output=True)
     out = tmp_path / "kept"

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from thrifty.train.optimizer import build_optimizer, learning_rate_factor, orthogonalize
-from thrifty.train.presets import preset
+from thrifty.train.optimizer import Schedule, build_optimizer, learning_rate_factor, orthogonalize
+from thrifty.train.recipe import find_recipe
 
-RECIPE = preset("tiny").recipe
+TRAINING = find_recipe("tiny").training
 
 
 def model() -> nn.ModuleDict:
@@ -31,7 +31,7 @@ def steps(net: nn.Module, optimizer: torch.optim.Optimizer, count: int, seed: in
 
 def test_muon_takes_the_inner_matrices_only():
     net = model()
-    muon, adam = build_optimizer(net, RECIPE).param_groups
+    muon, adam = build_optimizer(net, TRAINING).param_groups
     assert {id(p) for p in muon["params"]} == {id(net["wide"].weight), id(net["tall"].weight)}
     assert len(adam["params"]) == 5
 
@@ -45,9 +45,9 @@ def test_singular_values_come_near_one(shape):
 
 def test_adam_group_equals_torch():
     net, twin = model(), model()
-    ours = build_optimizer(net, RECIPE)
+    ours = build_optimizer(net, TRAINING)
     theirs = torch.optim.AdamW(
-        twin.parameters(), lr=RECIPE.adam_learning_rate, betas=(RECIPE.beta1, RECIPE.beta2), weight_decay=0.0
+        twin.parameters(), lr=TRAINING.adam_learning_rate, betas=(TRAINING.beta1, TRAINING.beta2), weight_decay=0.0
     )
     steps(net, ours, 5, 1)
     steps(twin, theirs, 5, 1)
@@ -59,17 +59,17 @@ def test_an_entry_of_a_step_has_the_size_of_the_rate():
     net = model()
     weight = dict(net.named_parameters())["wide.weight"]
     before = weight.detach().clone()
-    steps(net, build_optimizer(net, RECIPE), 1, 1)
+    steps(net, build_optimizer(net, TRAINING), 1, 1)
     change = weight - before
-    assert 0.5 < change.square().mean().sqrt() / RECIPE.learning_rate < 1.5
+    assert 0.5 < change.square().mean().sqrt() / TRAINING.learning_rate < 1.5
 
 
 def test_state_comes_back():
     net = model()
-    optimizer = build_optimizer(net, RECIPE)
+    optimizer = build_optimizer(net, TRAINING)
     steps(net, optimizer, 3, 1)
     twin = copy.deepcopy(net)
-    resumed = build_optimizer(twin, RECIPE)
+    resumed = build_optimizer(twin, TRAINING)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     steps(net, optimizer, 3, 2)
     steps(twin, resumed, 3, 2)
@@ -77,8 +77,39 @@ def test_state_comes_back():
 
 
 def test_the_learning_rate_rises_holds_and_falls():
-    factors = [learning_rate_factor(step, 200, RECIPE) for step in range(201)]
-    assert factors[0] == 1 / RECIPE.warmup
-    assert factors[RECIPE.warmup : 60] == [1.0] * (60 - RECIPE.warmup)
+    factors = [learning_rate_factor(step, 200, TRAINING) for step in range(201)]
+    assert factors[0] == 1 / TRAINING.warmup
+    assert factors[TRAINING.warmup : 60] == [1.0] * (60 - TRAINING.warmup)
     assert factors[60:] == sorted(factors[60:], reverse=True)
-    assert factors[200] == RECIPE.floor
+    assert factors[200] == TRAINING.floor
+
+
+TWO_STAGES = find_recipe("tiny").override(first_stage=0.5, weight_decay=0.1).training
+
+
+def test_the_second_stage_begins_lower():
+    factors = [learning_rate_factor(step, 200, TWO_STAGES) for step in range(201)]
+    assert factors[99] == pytest.approx(TWO_STAGES.first_floor, abs=0.02)
+    assert factors[100] == TWO_STAGES.second_rate
+    assert factors[100:] == sorted(factors[100:], reverse=True)
+    assert factors[200] == 0
+
+
+def test_weight_decay_ends_with_the_first_stage_also_when_resumed():
+    def run(count, state=None):
+        optimizer = build_optimizer(net, TWO_STAGES)
+        schedule = Schedule(optimizer, 10, TWO_STAGES)
+        if state is not None:
+            optimizer.load_state_dict(state[0])
+            schedule.load_state_dict(state[1])
+        decays = []
+        for _ in range(count):
+            decays.append(optimizer.param_groups[0]["weight_decay"])
+            steps(net, optimizer, 1, 0)
+            schedule.step()
+        return decays, (optimizer.state_dict(), schedule.state_dict())
+
+    net = model()
+    first, state = run(4)
+    second, _ = run(6, state)
+    assert first + second == [0.1] * 5 + [0.0] * 5

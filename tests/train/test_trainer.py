@@ -15,11 +15,11 @@ from thrifty.runtime import load
 from thrifty.train import trainer as module
 from thrifty.train.corpus import Corpus, Part
 from thrifty.train.evaluate import bits_per_byte
-from thrifty.train.presets import preset
+from thrifty.train.recipe import find_recipe
 
 TEXT = "".join(f"The {n}th line of a text that counts its lines.\n" for n in range(400))
 CORPUS = Corpus("lines", (Part("text", (TEXT,)),), "The last line of a text.\n" * 20)
-MICRO = preset("tiny").override(
+MICRO = find_recipe("tiny").override(
     vocab_size=280,
     hidden_size=16,
     intermediate_size=32,
@@ -33,7 +33,7 @@ MICRO = preset("tiny").override(
 
 
 def train(output, **options):
-    return module.train(CORPUS, options.pop("preset", MICRO), output, console=Console(quiet=True), **options)
+    return module.train(CORPUS, options.pop("recipe", MICRO), output, console=Console(quiet=True), **options)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_the_runtime_gives_the_same_bits_per_byte(run):
 
 def test_the_seed_decides_the_weights(run, tmp_path):
     train(tmp_path / "same")
-    train(tmp_path / "other", preset=MICRO.override(seed=1))
+    train(tmp_path / "other", recipe=MICRO.override(seed=1))
     assert same(weights(tmp_path / "same"), weights(run[0]))
     assert not same(weights(tmp_path / "other"), weights(run[0]))
 
@@ -125,8 +125,8 @@ def test_a_damaged_checkpoint_is_named(run, tmp_path, name):
 
 
 def test_a_folder_of_another_run_is_refused(run):
-    with pytest.raises(ThriftyError, match=r"preset.recipe.steps was 6 and is 7; train anew by --fresh"):
-        train(run[0], preset=MICRO.override(steps=7))
+    with pytest.raises(ThriftyError, match=r"recipe.training.steps was 6 and is 7; train anew by --fresh"):
+        train(run[0], recipe=MICRO.override(steps=7))
 
 
 def test_a_folder_with_another_model_is_refused(tmp_path):
@@ -142,7 +142,7 @@ def test_resuming_needs_a_checkpoint(tmp_path):
 
 def test_a_fresh_run_forgets_the_old_one(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "old")
-    train(tmp_path / "old", preset=MICRO.override(steps=2), resume=False)
+    train(tmp_path / "old", recipe=MICRO.override(steps=2), resume=False)
     assert [f.name for f in (tmp_path / "old/checkpoints").iterdir()] == ["checkpoint-2"]
 
 
@@ -167,7 +167,7 @@ def test_a_time_limit_lowers_the_steps_and_a_resumed_run_keeps_them(tmp_path, mo
 )
 def test_every_family_trains_and_goes_on_from_its_checkpoint(tmp_path, fields, kind):
     family = MICRO.override(**fields)
-    whole = train(tmp_path / "whole", preset=family)
+    whole = train(tmp_path / "whole", recipe=family)
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["model_type"] == kind
     if kind == "cheems":
         assert [whole.model.config.mixer(i) for i in range(2)] == ["ssd", "dynamic_mask"]
@@ -175,14 +175,15 @@ def test_every_family_trains_and_goes_on_from_its_checkpoint(tmp_path, fields, k
     assert losses[-1] < losses[0]
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "checkpoint-6")
-    train(tmp_path / "resumed", preset=family, resume=True)
+    train(tmp_path / "resumed", recipe=family, resume=True)
     assert same(weights(tmp_path / "resumed"), weights(tmp_path / "whole"))
 
 
 def test_a_step_can_be_timed():
-    model = module.new_model(MICRO, module.train_tokenizer([TEXT], 280))
+    assert MICRO.shape is not None
+    model = module.new_model(MICRO.shape, module.train_tokenizer([TEXT], 280))
     before = {name: p.clone() for name, p in model.named_parameters()}
-    assert 0 < module.seconds_per_step(model, MICRO.recipe, count=1) < 60
+    assert 0 < module.seconds_per_step(model, MICRO.training, count=1) < 60
     assert same(before, dict(model.named_parameters()))
 
 
@@ -195,8 +196,8 @@ def test_layers_are_compiled_for_training_only(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("thrifty.models.decoder._compiled_layer", lambda: compiled)
     monkeypatch.setattr("thrifty.train.trainer.can_compile", lambda: True)
-    train(tmp_path, preset=MICRO.override(compile=True))
-    assert len(calls) == 6 * MICRO.shape.num_hidden_layers
+    train(tmp_path, recipe=MICRO.override(compile=True))
+    assert len(calls) == 6 * 2
     assert all(calls)
     assert same(weights(tmp_path), weights(run[0]))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from thrifty.runtime import Runtime
     from thrifty.train.corpus import Corpus
-    from thrifty.train.presets import Preset
+    from thrifty.train.recipe import Recipe
     from thrifty.train.trainer import TrainingResult
 
 EPILOG = """Examples:
@@ -24,7 +24,7 @@ thrifty demo
 
 thrifty demo --fresh    (forget the earlier run)
 
-thrifty demo --preset tiny --output runs/tiny    (seconds; it babbles)
+thrifty demo --recipe tiny --output runs/tiny    (seconds; it babbles)
 """
 
 #: Opens the sample, and the tokens that torch and the runtime continue greedily.
@@ -44,7 +44,7 @@ def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that is made.")] = Path(
         "runs/demo"
     ),
-    preset: Annotated[str, typer.Option(help="Size and recipe of the model.")] = "demo",
+    recipe: Annotated[str, typer.Option(help="Size of the model, and how it is trained.")] = "demo",
     max_minutes: Annotated[float, typer.Option(help="A slow machine makes fewer steps, to train no longer.")] = 4.8,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of going on with an earlier run.")] = False,
 ) -> None:
@@ -64,10 +64,10 @@ def main(
     from thrifty.cli.pack import pack_folder
     from thrifty.runtime import load
     from thrifty.train.corpus import builtin_corpus
-    from thrifty.train.presets import preset as find_preset
+    from thrifty.train.recipe import find_recipe
     from thrifty.train.trainer import quiet, train
 
-    chosen = find_preset(preset)
+    chosen = find_recipe(recipe)
     console = Console(stderr=True, soft_wrap=True)
     with console.status("reading Python's help and standard library"):
         corpus = builtin_corpus()
@@ -98,7 +98,7 @@ def check(results: dict[str, Any]) -> None:
 
 
 def measure(
-    corpus: "Corpus", preset: "Preset", trained: "TrainingResult", runtime: "Runtime", packed: Path, console: "Console"
+    corpus: "Corpus", recipe: "Recipe", trained: "TrainingResult", runtime: "Runtime", packed: Path, console: "Console"
 ) -> dict[str, Any]:
     """Everything the page shows: text, training, bits per byte, bytes, speeds, the tokens of both, a sample."""
     from thrifty import native
@@ -119,7 +119,7 @@ def measure(
             "runtime": tokens_per_second(partial(greedy_in_runtime, runtime, prompt)),
         }
     with console.status("scoring the held-out text with the packed model"):
-        packed_bits = runtime.bits_per_byte(corpus.heldout, *heldout_windows(preset.recipe))
+        packed_bits = runtime.bits_per_byte(corpus.heldout, *heldout_windows(recipe.training))
     with console.status("compressing the held-out text, and the training text before it"):
         compressed = compressors(corpus)
     sample = runtime.generate(PROMPT, max_new_tokens=SAMPLE_TOKENS, temperature=0.7, top_p=0.9, seed=0)

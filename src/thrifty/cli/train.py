@@ -1,7 +1,7 @@
 """`thrifty train`: text in, a trained model out."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,13 +9,12 @@ from thrifty.errors import ThriftyError
 
 if TYPE_CHECKING:
     from thrifty.train.corpus import Corpus
-    from thrifty.train.presets import Preset
 
 EPILOG = """Examples:
 
 thrifty train    (the built-in text, the demo's model)
 
-thrifty train notes.txt --preset tiny --output runs/notes
+thrifty train notes.txt --recipe tiny --output runs/notes
 
 thrifty train my-folder/ --steps 2000 --set hidden_size=512
 
@@ -39,7 +38,9 @@ def main(
         Path | None,
         typer.Option("--output", "-o", help="Folder for the model and all about the run.", show_default="runs/NAME"),
     ] = None,
-    preset: Annotated[str, typer.Option(help="Size and recipe: tiny, demo or small.")] = "demo",
+    recipe: Annotated[
+        str, typer.Option(help="What to do, and how: a name (--recipe list shows them) or a YAML file of your own.")
+    ] = "demo",
     model: Annotated[
         str | None,
         typer.Option(help="What it is made of: bitnet, doge, cheems or matmulfree.", show_default="bitnet"),
@@ -58,17 +59,17 @@ def main(
     tokenizer: Annotated[
         str, typer.Option(help="bpe: byte pairs, as many as --vocab-size says; bytes: plain bytes.")
     ] = "bpe",
-    vocab_size: Annotated[int | None, typer.Option(help="Pieces of the tokenizer.", show_default="preset")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="preset")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences in a step.", show_default="preset")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sequence.", show_default="preset")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Pieces of the tokenizer.", show_default="recipe")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="recipe")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences in a step.", show_default="recipe")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sequence.", show_default="recipe")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Largest learning rate of the matrices.", show_default="preset")
+        float | None, typer.Option(help="Largest learning rate of the matrices.", show_default="recipe")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides every random choice.", show_default="preset")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides every random choice.", show_default="recipe")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of the preset; may be repeated."),
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of the recipe; may be repeated."),
     ] = None,
     max_minutes: Annotated[
         float | None,
@@ -91,19 +92,23 @@ def main(
     from thrifty.train.process import prepare_process
 
     prepare_process()
-    from thrifty.train.presets import preset as find_preset
+    from thrifty.train.recipe import find_recipe
 
-    chosen = find_preset(preset).override(
-        model=model,
-        linear=linear,
-        vocab_size=_vocab_size(tokenizer, vocab_size),
-        steps=steps,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        learning_rate=learning_rate,
-        seed=seed,
-    )
-    chosen = chosen.override(**_fields(chosen, set_ or []))
+    if recipe == "list":
+        _list_recipes()
+        return
+    options = {
+        "model": model,
+        "linear": linear,
+        "vocab_size": _vocab_size(tokenizer, vocab_size),
+        "steps": steps,
+        "batch_size": batch_size,
+        "sequence_length": sequence_length,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    # All at once: some fields only fit together.
+    chosen = find_recipe(recipe).override(**options | _fields(set_ or []))
     corpus, name = _corpus(text, dataset, dataset_config, column, heldout)
     folder = output or Path("runs") / name
     from rich.console import Console
@@ -153,22 +158,20 @@ def _vocab_size(tokenizer: str, vocab_size: int | None) -> int | None:
     return vocab_size
 
 
-_SWITCHES = {"true": True, "false": False}
+def _list_recipes() -> None:
+    """Print the recipes there are."""
+    from thrifty.train.recipe import find_recipe, recipe_names
+
+    for name in recipe_names():
+        typer.echo(f"{name:10} {find_recipe(name).about}")
 
 
-def _fields(preset: "Preset", assignments: list[str]) -> dict[str, Any]:
-    """The fields that `--set` names, each read as the number it replaces."""
-    fields: dict[str, Any] = {}
+def _fields(assignments: list[str]) -> dict[str, str]:
+    """The fields that `--set` names, as text."""
+    fields = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
             raise ThriftyError(f"[train] --set takes FIELD=VALUE; got {assignment}")
-        old = getattr(preset.shape, name, getattr(preset.recipe, name, None))
-        try:
-            fields[name] = value if old is None else _SWITCHES[value] if isinstance(old, bool) else type(old)(value)
-        except (KeyError, ValueError) as problem:
-            kind = (
-                "true or false" if isinstance(old, bool) else "a whole number" if isinstance(old, int) else "a number"
-            )
-            raise ThriftyError(f"[train] {name} must be {kind}; got {value}") from problem
+        fields[name] = value
     return fields

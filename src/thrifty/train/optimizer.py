@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thrifty.train.presets import Recipe
+from thrifty.train.recipe import Training
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> "MuonWithAdam":
+def build_optimizer(model: nn.Module, training: Training) -> "MuonWithAdam":
     """Muon over the weight matrices between embedding and head, Adam over embedding, head, norms and biases."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
@@ -18,12 +18,12 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> "MuonWithAdam":
         (matrices if inner else others).append(parameter)
     return MuonWithAdam(
         [
-            {"params": matrices, "muon": True, "lr": recipe.learning_rate},
-            {"params": others, "muon": False, "lr": recipe.adam_learning_rate, "weight_decay": 0.0},
+            {"params": matrices, "muon": True, "lr": training.learning_rate},
+            {"params": others, "muon": False, "lr": training.adam_learning_rate, "weight_decay": 0.0},
         ],
-        weight_decay=recipe.weight_decay,
-        momentum=recipe.momentum,
-        betas=(recipe.beta1, recipe.beta2),
+        weight_decay=training.weight_decay,
+        momentum=training.momentum,
+        betas=(training.beta1, training.beta2),
     )
 
 
@@ -101,13 +101,41 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x
 
 
-def learning_rate_factor(step: int, steps: float, recipe: Recipe) -> float:
+def learning_rate_factor(step: int, steps: float, training: Training) -> float:
     """Share of the largest learning rate at `step` (from 0) of `steps`.
 
-    A straight rise over `warmup` steps, times: 1 while p = step / steps < hold, then straight down to `floor` at p = 1.
+    A straight rise over `warmup` steps, times, with p = step / steps: 1 while p < hold, then straight down to `floor`
+    at p = 1. With two stages (arXiv 2504.12285, section 3.1): straight down to `first_floor` at p = first_stage, then
+    from `second_rate` to `floor`.
     """
-    rise = min(1.0, (step + 1) / max(recipe.warmup, 1))
+    rise = min(1.0, (step + 1) / max(training.warmup, 1))
     p = min(step / steps, 1.0)
-    if p < recipe.hold:
-        return rise
-    return rise * (recipe.floor + (1 - recipe.floor) * (1 - p) / max(1 - recipe.hold, 1e-9))
+    if p >= training.first_stage < 1:
+        return rise * _line(p, (training.first_stage, training.second_rate), (1.0, training.floor))
+    end = training.floor if training.first_stage == 1 else training.first_floor
+    return rise * _line(p, (training.hold, 1.0), (training.first_stage, end))
+
+
+def _line(p: float, begin: tuple[float, float], end: tuple[float, float]) -> float:
+    """Height at p of the line between two points; before the first, the first's."""
+    share = max(p - begin[0], 0.0) / max(end[0] - begin[0], 1e-9)
+    return begin[1] + (end[1] - begin[1]) * min(share, 1.0)
+
+
+class Schedule(torch.optim.lr_scheduler.LambdaLR):
+    """`learning_rate_factor` of every group, and weight decay that ends with the first stage."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, training: Training) -> None:
+        self.training, self.steps = training, steps
+        super().__init__(optimizer, lambda step: learning_rate_factor(step, steps, training))
+
+    def step(self, *args: Any) -> None:
+        super().step(*args)
+        if self.last_epoch >= self.training.first_stage * self.steps:
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        del state["training"]
+        return state

@@ -1,4 +1,4 @@
-"""Training on the Hugging Face Trainer: text and a preset in, a folder with a trained model out."""
+"""Training on the Hugging Face Trainer: text and a recipe in, a folder with a trained model out."""
 
 import math
 import os
@@ -31,9 +31,9 @@ from thrifty.train.curve import plot
 from thrifty.train.evaluate import bits_per_byte
 from thrifty.train.event_files import event_files
 from thrifty.train.initial import initialize, new_model
-from thrifty.train.optimizer import build_optimizer, learning_rate_factor
-from thrifty.train.presets import Preset, Recipe
+from thrifty.train.optimizer import Schedule, build_optimizer
 from thrifty.train.progress import ProgressBar
+from thrifty.train.recipe import Recipe, Training
 from thrifty.train.tokenizer import END, save_tokenizer, train_tokenizer
 
 #: Held-out sequences looked at while training; the whole held-out text is scored at the end.
@@ -57,23 +57,20 @@ class TrainingResult:
 class CausalTrainer(Trainer):
     """The Trainer with this package's optimizer and schedule, and a sentence when a checkpoint cannot be written."""
 
-    def __init__(self, *, model: PreTrainedModel, recipe: Recipe, since: float, **kwargs: Any):
-        self.latent, self.recipe = model, recipe
+    def __init__(self, *, model: PreTrainedModel, training: Training, since: float, **kwargs: Any):
+        self.latent, self.training = model, training
         #: When the seconds not logged yet began.
         self.since = since
         super().__init__(model=model, **kwargs)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            self.optimizer = build_optimizer(model or self.latent, self.recipe)
+            self.optimizer = build_optimizer(model or self.latent, self.training)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
-            recipe, steps = self.recipe, num_training_steps
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, lambda step: learning_rate_factor(step, steps, recipe)
-            )
+            self.lr_scheduler = Schedule(optimizer or self.optimizer, num_training_steps, self.training)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -101,14 +98,14 @@ class CausalTrainer(Trainer):
 
 def train(
     corpus: Corpus,
-    preset: Preset,
+    recipe: Recipe,
     output: Path,
     *,
     resume: bool | None = None,
     max_minutes: float | None = None,
     console: Console | None = None,
 ) -> TrainingResult:
-    """Train the preset's model on the corpus and leave it in `output`.
+    """Train the recipe's model on the corpus and leave it in `output`.
 
     `output` gets the model with its latent weights, the tokenizer, `training.json` (settings, text, versions, bits per
     byte), `loss.png`, TensorBoard's `logs/` and resumable `checkpoints/`. A folder that already holds checkpoints of
@@ -120,32 +117,35 @@ def train(
     Errors: an empty or too short text, a folder that holds another run, a damaged checkpoint, a full disk.
     """
     console = console or Console(stderr=True)
-    settings = {"preset": asdict(preset), "corpus": corpus.record(), "max_minutes": max_minutes}
+    if recipe.shape is None:
+        rule = f"[train] a recipe must have a shape for a new model; {recipe.name} has none"
+        raise ThriftyError(f"{rule}; choose another, as --recipe list shows them")
+    settings = {"recipe": asdict(recipe), "corpus": corpus.record(), "max_minutes": max_minutes}
     checkpoint = checkpoint_to_resume(output, settings, resume)
-    tokenizer = _tokenizer(corpus, preset, output if checkpoint else None)
-    set_seed(preset.recipe.seed)
-    model = new_model(preset, tokenizer)
-    initialize(model, preset.recipe)
-    compiled = preset.recipe.compile and can_compile()
+    tokenizer = _tokenizer(corpus, recipe.shape.vocab_size, output if checkpoint else None)
+    set_seed(recipe.training.seed)
+    model = new_model(recipe.shape, tokenizer)
+    initialize(model, recipe.training)
+    compiled = recipe.training.compile and can_compile()
     if compiled:
         model.compile_layers()
     started = time.perf_counter()
-    recipe = _in_time(model, preset.recipe, max_minutes, read_record(output) if checkpoint else {})
-    _greet(console, corpus, preset, recipe, model, output, checkpoint)
+    training = _in_time(model, recipe.training, max_minutes, read_record(output) if checkpoint else {})
+    _greet(console, corpus, recipe, training, model, output, checkpoint)
     if compiled:
         console.print("        the first step takes half a minute: the layers are compiled")
-    blocks, glance, scale = _blocks(corpus, recipe, tokenizer)
+    blocks, glance, scale = _blocks(corpus, training, tokenizer)
     # Everything fits: only now is the folder touched.
     if checkpoint is None:
         clear_run(output, fresh=resume is False)
-    save_tokenizer(tokenizer, output, preset.shape.max_position_embeddings)
-    write_record(output, {"settings": settings, "finished": False, "steps": recipe.steps})
+    save_tokenizer(tokenizer, output, model.config.max_position_embeddings)
+    write_record(output, {"settings": settings, "finished": False, "steps": training.steps})
     with quiet(), event_files(output / "logs") as events, ProgressBar(console, scale) as bar:
         trainer = CausalTrainer(
-            recipe=recipe,
+            training=training,
             since=started,
             model=model,
-            args=_arguments(recipe, output, glance is not None),
+            args=_arguments(training, output, glance is not None),
             train_dataset=blocks,
             eval_dataset=glance,
             callbacks=[bar, events],
@@ -162,10 +162,10 @@ def train(
     record = {
         "settings": settings,
         "finished": True,
-        "steps": recipe.steps,
+        "steps": training.steps,
         "seconds": round(seconds_of(history), 1),
         "parameters": model.num_parameters(),
-        "bits_per_byte": heldout_bits_per_byte(model, tokenizer, corpus, recipe) if corpus.heldout else None,
+        "bits_per_byte": heldout_bits_per_byte(model, tokenizer, corpus, training) if corpus.heldout else None,
         "precision": "bfloat16" if trainer.args.bf16 else "float32",
         "versions": versions(),
     }
@@ -178,14 +178,14 @@ def seconds_of(history: Sequence[dict[str, float]]) -> float:
     return history[-1]["seconds"] if history else 0.0
 
 
-def heldout_windows(recipe: Recipe) -> tuple[int, int]:
+def heldout_windows(training: Training) -> tuple[int, int]:
     """Window and stride in which a model is judged: as long as the sequences it was trained on, a quarter at a time."""
-    return recipe.sequence_length, max(1, recipe.sequence_length // 4)
+    return training.sequence_length, max(1, training.sequence_length // 4)
 
 
-def heldout_bits_per_byte(model: PreTrainedModel, tokenizer: Tokenizer, corpus: Corpus, recipe: Recipe) -> float:
+def heldout_bits_per_byte(model: PreTrainedModel, tokenizer: Tokenizer, corpus: Corpus, training: Training) -> float:
     """Bits per byte of the held-out text, in `heldout_windows`."""
-    return bits_per_byte(model, tokenizer, corpus.heldout, *heldout_windows(recipe))
+    return bits_per_byte(model, tokenizer, corpus.heldout, *heldout_windows(training))
 
 
 def versions() -> dict[str, str]:
@@ -198,24 +198,26 @@ def versions() -> dict[str, str]:
     }
 
 
-def _tokenizer(corpus: Corpus, preset: Preset, resumed: Path | None) -> Tokenizer:
+def _tokenizer(corpus: Corpus, vocab_size: int, resumed: Path | None) -> Tokenizer:
     """The tokenizer of the run that is resumed, or one of the text."""
     if resumed is not None and (resumed / "tokenizer.json").exists():
         return Tokenizer.from_file(str(resumed / "tokenizer.json"))
     texts = (text for part in corpus.parts for _ in range(part.vocabulary_weight) for text in part.documents)
-    return train_tokenizer(texts, preset.shape.vocab_size)
+    return train_tokenizer(texts, vocab_size)
 
 
-def _blocks(corpus: Corpus, recipe: Recipe, tokenizer: Tokenizer) -> tuple[PackedBlocks, PackedBlocks | None, float]:
+def _blocks(
+    corpus: Corpus, training: Training, tokenizer: Tokenizer
+) -> tuple[PackedBlocks, PackedBlocks | None, float]:
     """Training blocks, held-out blocks, and the factor from nats per held-out token to bits per byte."""
     mixture = corpus.mixture or ((0.0, {part.name: float(part.size) for part in corpus.parts}),)
-    length, count = recipe.sequence_length, recipe.steps * recipe.batch_size
+    length, count = training.sequence_length, training.steps * training.batch_size
     streams = {}
     for part in corpus.parts:
         share = max(shares.get(part.name, 0.0) / sum(shares.values()) for _, shares in mixture)
-        order = np.random.default_rng(recipe.seed).permutation(len(part.documents))
+        order = np.random.default_rng(training.seed).permutation(len(part.documents))
         streams[part.name] = encode(tokenizer, [part.documents[i] for i in order], most=int(share * count * length))
-    blocks = PackedBlocks(streams, mixture, length, count, recipe.seed)
+    blocks = PackedBlocks(streams, mixture, length, count, training.seed)
     heldout = encode(tokenizer, [corpus.heldout])
     pieces = min(GLANCE, len(heldout) // length)
     glance = PackedBlocks({"heldout": heldout}, ((0.0, {"heldout": 1.0}),), length, pieces, 0) if pieces else None
@@ -240,21 +242,21 @@ def encode(tokenizer: Tokenizer, documents: Sequence[str], most: int | None = No
     return np.concatenate(stream)
 
 
-def _arguments(recipe: Recipe, output: Path, evaluate: bool) -> TrainingArguments:
+def _arguments(training: Training, output: Path, evaluate: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
-        max_grad_norm=recipe.clip,
-        logging_steps=max(recipe.steps // 200, 1),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        max_grad_norm=training.clip,
+        logging_steps=max(training.steps // 200, 1),
         eval_strategy="steps" if evaluate else "no",
-        eval_steps=recipe.eval_every,
-        save_steps=recipe.save_every,
+        eval_steps=training.eval_every,
+        save_steps=training.save_every,
         save_total_limit=2,
         prediction_loss_only=True,
         train_sampling_strategy="sequential",
-        seed=recipe.seed,
+        seed=training.seed,
         use_cpu=not torch.cuda.is_available(),
         bf16=has_fast_bf16(),
         report_to="none",
@@ -273,25 +275,25 @@ def has_fast_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _in_time(model: PreTrainedModel, recipe: Recipe, max_minutes: float | None, before: dict[str, Any]) -> Recipe:
-    """The recipe with as many of its steps as `max_minutes` allow; a resumed run keeps the number it had."""
+def _in_time(model: PreTrainedModel, training: Training, max_minutes: float | None, before: dict[str, Any]) -> Training:
+    """The settings with as many of their steps as `max_minutes` allow; a resumed run keeps the number it had."""
     if max_minutes is None:
-        return recipe
+        return training
     if max_minutes <= 0:
         raise ThriftyError(f"[train] the minutes must be more than 0; got {max_minutes}")
     started = time.perf_counter()
     fitting = before.get("steps")
     if fitting is None:
-        step = seconds_per_step(model, recipe)
+        step = seconds_per_step(model, training)
         fitting = int((max_minutes * 60 - (time.perf_counter() - started)) / step)
-    return replace(recipe, steps=max(1, min(recipe.steps, fitting)))
+    return replace(training, steps=max(1, min(training.steps, fitting)))
 
 
-def seconds_per_step(model: PreTrainedModel, recipe: Recipe, count: int = 3) -> float:
+def seconds_per_step(model: PreTrainedModel, training: Training, count: int = 3) -> float:
     """Time of a training step on a copy of the model: the median of `count` after one to warm up."""
     copy = deepcopy(model)
-    optimizer = build_optimizer(copy, recipe)
-    size = (recipe.batch_size, recipe.sequence_length)
+    optimizer = build_optimizer(copy, training)
+    size = (training.batch_size, training.sequence_length)
     tokens = torch.randint(model.config.vocab_size, size, device=model.device)
     times = []
     for _ in range(count + 1):
@@ -343,16 +345,15 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _greet(console, corpus: Corpus, preset: Preset, recipe: Recipe, model, output: Path, checkpoint) -> None:
-    tokens = recipe.steps * recipe.batch_size * recipe.sequence_length
+def _greet(console, corpus: Corpus, recipe: Recipe, training: Training, model, output: Path, checkpoint) -> None:
+    tokens = training.steps * training.batch_size * training.sequence_length
     size = sum(part.size for part in corpus.parts) / 1e6
     held = len(corpus.heldout.encode())
     console.print(f"[bold]text[/]    {corpus.name}: {size:.2f} MB to train on, {held:,} bytes held out")
-    console.print(
-        f"[bold]model[/]   {preset.shape.model}, preset {preset.name}: {model.num_parameters() / 1e6:.2f} M parameters"
-    )
-    console.print(f"[bold]run[/]     {recipe.steps:,} steps, {tokens / 1e6:.1f} M tokens, into {output}")
-    if recipe.steps < preset.recipe.steps:
-        console.print(f"        fewer than the {preset.recipe.steps:,} steps of the preset, to end in time")
+    parameters = f"{model.num_parameters() / 1e6:.2f} M parameters"
+    console.print(f"[bold]model[/]   {model.config.model_type}, {parameters}, recipe {recipe.name}")
+    console.print(f"[bold]run[/]     {training.steps:,} steps, {tokens / 1e6:.1f} M tokens, into {output}")
+    if training.steps < recipe.training.steps:
+        console.print(f"        fewer than the {recipe.training.steps:,} steps of the recipe, to end in time")
     if checkpoint is not None:
         console.print(f"[bold]resume[/]  going on from {checkpoint.name} (--fresh starts anew)")

@@ -1,0 +1,243 @@
+"""Recipes: YAML files that say how a model is trained, and of what shape a new one is; options replace their fields.
+
+A recipe has `about` (a line for a reader), `method` (a key of `METHODS`), `shape` (fields of `Shape`, for methods that
+make a new model) and `training` (fields of the method's settings). The settings are the only home of defaults.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from thrifty.errors import ThriftyError
+
+#: Families of models that can be trained, by what their layers mix tokens with.
+MODELS = {
+    "bitnet": "attention, ternary",
+    "doge": "dynamic mask attention",
+    "cheems": "SSD, and dynamic mask attention in every eighth layer",
+    "matmulfree": "MLGRU, ternary",
+}
+LINEARS = ("default", "ternary", "binary", "dense")
+#: What can be done with a recipe, and the class of its settings.
+METHODS = {"pretrain": "thrifty.train.recipe:Training"}
+#: Recipes that come with the package.
+FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the decoder, and what it is made of."""
+
+    #: Pieces of the tokenizer that is trained: 256 bytes, special tokens, merges.
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    #: Longest text, in tokens, that the model is made for.
+    max_position_embeddings: int
+    #: Base of the rotary positions' wavelengths.
+    rope_theta: float = 10_000.0
+    #: A key of `MODELS`.
+    model: str = "bitnet"
+    #: Weights of the linear layers: ternary, binary or dense; default: those of the model.
+    linear: str = "default"
+    #: Keys that a dynamic mask keeps.
+    keep_window_size: int = 64
+    #: Experts beside the feed-forward, a square, and how many of them a token takes; 0 for none.
+    num_experts: int = 0
+    num_experts_per_tok: int = 8
+
+    def __post_init__(self) -> None:
+        check_choice(self, "model", MODELS)
+        check_choice(self, "linear", LINEARS)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the weights of a language model are found from text."""
+
+    #: Optimizer steps.
+    steps: int
+    #: Sequences in a step.
+    batch_size: int
+    #: Tokens in a sequence.
+    sequence_length: int
+    #: Largest learning rate of Muon, for the matrices of the layers.
+    learning_rate: float = 1.5e-3
+    #: Largest learning rate of Adam, for embedding, head and norms.
+    adam_learning_rate: float = 6e-3
+    #: Steps over which the learning rates rise from zero.
+    warmup: int = 20
+    #: Share of the run before they fall.
+    hold: float = 0.3
+    #: What they fall to at the end, as a share of the largest.
+    floor: float = 0.0
+    #: Share of the run that is its first stage; 1: there is no second.
+    first_stage: float = 1.0
+    #: What the learning rates fall to by the end of the first stage, and what the second begins with, as shares.
+    first_floor: float = 0.5
+    second_rate: float = 0.33
+    #: Decoupled decay of the matrices of the layers, in the first stage.
+    weight_decay: float = 0.0
+    #: Momentum of Muon.
+    momentum: float = 0.95
+    #: Moments of Adam.
+    beta1: float = 0.9
+    beta2: float = 0.95
+    #: Largest norm of the gradient; 0 does not clip.
+    clip: float = 0.0
+    #: What the output projections of attention and feed-forward are multiplied by at the start.
+    output_scale: float = 0.1
+    #: Compile the layers for training, where there is a C++ compiler: half a minute, then steps in half the time.
+    compile: bool = False
+    #: Steps between two looks at the held-out text.
+    eval_every: int = 50
+    #: Steps between two checkpoints.
+    save_every: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "sequence_length", "eval_every", "save_every")
+        check(self, "be at least 1", lambda count: count >= 1, *counts)
+        check(self, "lie between 0 and 1", lambda rate: 0 < rate < 1, "learning_rate", "adam_learning_rate")
+        check(self, "be at least 0 and below 1", lambda moment: 0 <= moment < 1, "momentum", "beta1", "beta2")
+        shares = ("hold", "floor", "first_stage", "first_floor", "second_rate")
+        check(self, "be a share from 0 to 1", lambda share: 0 <= share <= 1, *shares)
+        sizes = ("warmup", "weight_decay", "clip", "output_scale", "seed")
+        check(self, "be at least 0 and finite", lambda size: 0 <= size < math.inf, *sizes)
+        if self.hold > self.first_stage:
+            rule = f"[train] hold must end before the first stage does, at {self.first_stage}"
+            raise ThriftyError(f"{rule}; got {self.hold}; hold the learning rates for a smaller share")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method with its settings, and the shape of the model where the method makes one."""
+
+    name: str
+    about: str
+    method: str
+    #: None where the model is given.
+    shape: Shape | None
+    training: Training
+
+    def __post_init__(self) -> None:
+        if self.shape is not None and self.training.sequence_length > self.shape.max_position_embeddings:
+            limit = self.shape.max_position_embeddings
+            rule = f"[train] sequence_length must be at most the {limit} positions of the model"
+            raise ThriftyError(f"{rule}; got {self.training.sequence_length}; choose a shorter one")
+
+    def override(self, **options: Any) -> "Recipe":
+        """The recipe with fields of its shape or settings replaced; options that are None change nothing.
+
+        Numbers and switches may be given as text. Raises ThriftyError for a field there is not, or a bad value.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        parts = {"training": self.training} | ({} if self.shape is None else {"shape": self.shape})
+        names = {field.name: key for key, part in parts.items() for field in fields(part)}
+        check_names(given, names, f"the recipe {self.name}")
+        for key, part in parts.items():
+            mine = {name: value for name, value in given.items() if names[name] == key}
+            parts[key] = replace(part, **typed(type(part), mine))
+        return replace(self, **parts)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name, or in that YAML file.
+
+    Errors: no such recipe, a file that is no recipe, a field there is not (the nearest one is named), a bad value.
+    """
+    own = name.endswith((".yaml", ".yml"))
+    file = Path(name) if own else FOLDER / f"{name}.yaml"
+    if not file.is_file():
+        if own:
+            known = ", ".join(recipe_names())
+            raise ThriftyError(f"[recipe] {file} does not exist; give a YAML file, or one of {known}")
+        near = get_close_matches(name, recipe_names(), 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(recipe_names())}, or a .yaml file"
+        raise ThriftyError(f"[recipe] no recipe is called {name!r}; {hint}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        reason = " ".join(str(problem).split())
+        raise ThriftyError(f"[recipe] {file} must be YAML; {reason}; see {FOLDER / 'demo.yaml'}") from problem
+    return _read(file, content)
+
+
+def _read(file: Path, content: Any) -> Recipe:
+    sections = {field.name for field in fields(Recipe)} - {"name"}
+    if not isinstance(content, dict) or not sections >= content.keys() or not {"method", "training"} <= content.keys():
+        got = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ThriftyError(f"[recipe] {file} must have the sections {', '.join(sorted(sections))}; got {got}")
+    if content["method"] not in METHODS:
+        raise ThriftyError(f"[recipe] method must be one of {', '.join(METHODS)}; got {content['method']!r} in {file}")
+    module, _, name = METHODS[content["method"]].partition(":")
+    kinds: dict[str, Any] = {"shape": Shape, "training": getattr(import_module(module), name)}
+    parts: dict[str, Any] = {"shape": None}
+    for key, kind in kinds.items():
+        if key not in content:
+            continue
+        values = content[key] or {}
+        check_names(values, [field.name for field in fields(kind)], f"{key} in {file}")
+        try:
+            parts[key] = kind(**typed(kind, values))
+        except TypeError as problem:
+            raise ThriftyError(f"[recipe] {file} must say all of its {key}; {problem}; see {FOLDER}") from problem
+    return Recipe(file.stem, str(content.get("about", "")), content["method"], **parts)
+
+
+def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raises ThriftyError for a name that is not known, with the nearest one that is."""
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            near = get_close_matches(str(name), known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"fields are {', '.join(known)}"
+            raise ThriftyError(f"[recipe] a field must be one of {where}; got {name}; {hint}")
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+
+
+def typed(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as the fields of the dataclass are annotated; text is read as YAML. Raises ThriftyError otherwise."""
+    hints = get_type_hints(kind)
+    return {name: _typed(name, hints[name], value) for name, value in values.items()}
+
+
+def _typed(name: str, kind: type, value: Any) -> Any:
+    read = yaml.safe_load(value) if isinstance(value, str) and kind is not str else value
+    if kind is float and not isinstance(read, bool):
+        # YAML takes 1e-3 for text, for want of a point.
+        with suppress(TypeError, ValueError):
+            read = float(read)
+    if kind in _WORDS and type(read) is not kind:
+        raise ThriftyError(f"[recipe] {name} must be {_WORDS[kind]}; got {value}")
+    return read
+
+
+def check(settings: Any, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Raises ThriftyError where the rule does not hold for one of the fields."""
+    for name in names:
+        if not holds(getattr(settings, name)):
+            raise ThriftyError(f"[train] {name} must {rule}; got {getattr(settings, name)}")
+
+
+def check_choice(settings: Any, name: str, choices: Iterable[str]) -> None:
+    """Raises ThriftyError where the field is none of the choices."""
+    if getattr(settings, name) not in choices:
+        raise ThriftyError(f"[train] {name} must be one of {', '.join(choices)}; got '{getattr(settings, name)}'")
