@@ -64,7 +64,7 @@ class NativeBitLinear(nn.Module):
     x: [..., in] -> y: [..., out] in the dtype of x. Its state dict is that of the layer it replaces: `weight`,
     `weight_scale`, `bias`, `rms_norm.weight`; weight uint8 [out / 4, in] (`thrifty.spec.ROW_BLOCK`), or, where four
     does not divide out, codes as floats. divides: the convention of `BitLinear`, s_w = 1 / weight_scale; else that of
-    `AutoBitLinear`, s_w = weight_scale, by which the stored bias is multiplied too. No gradient.
+    `AutoBitLinear`, s_w = weight_scale, by which the stored bias is multiplied too. The weight has no gradient.
     """
 
     packed: Tensor

@@ -21,8 +21,8 @@ class PackedBitLinear(nn.Module):
 
     The bits of y are those of the BitLinear it was packed from. It holds the kernel layout only; its state dict has
     transformers' layout: `weight` uint8 [ceil(out / 4), in] (`thrifty.spec.ROW_BLOCK`), `weight_scale` [1], a
-    multiplier, bfloat16 where that holds it and else float32, and `bias`. It has no gradient: `unpack` gives a
-    BitLinear to train on.
+    multiplier, bfloat16 where that holds it and else float32, and `bias`. None of these is trained: gradients reach x
+    alone (`thrifty.nn.lora` trains adapters beside it); `unpack` gives a BitLinear to train on.
     """
 
     #: Whether the latent weight was stored as [in, out].
@@ -59,9 +59,16 @@ class PackedBitLinear(nn.Module):
         x = x if self.rms_norm is None else self.rms_norm(x)
         # In float32 alone is the norm not rounded before the codes are taken.
         fused = self.norm == "rms" and x.dtype == torch.float32
-        x_hat = x if fused else normalize(x, self.norm)
+        return self.product(x if fused else normalize(x, self.norm), fused)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What of x is quantised: x after the norms that the layer applies to its input."""
+        return normalize(x if self.rms_norm is None else self.rms_norm(x), self.norm)
+
+    def product(self, x: Tensor, norm: bool = False) -> Tensor:
+        """The layer's answer to `normed(x)`; norm: to x itself, of which the RMS norm without gain is left to take."""
         shape = self.out_features, self.in_features
-        y = ops.packed_linear(x_hat, self.packed, shape, self.weight_scale.float(), self.bias, fused)
+        y = ops.packed_linear(x, self.packed, shape, self.weight_scale.float(), self.bias, norm)
         device = x.device.type
         return y.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
 

@@ -1,4 +1,4 @@
-"""A packed layer evaluated: activations quantised and multiplied in two native calls."""
+"""A packed layer: activations quantised and multiplied in two native calls, and a gradient for what comes before it."""
 
 import math
 from functools import cache
@@ -10,9 +10,13 @@ from torch.nn.functional import pad
 from thrifty import native
 from thrifty.errors import ThriftyError
 from thrifty.ops.dispatch import use_native
-from thrifty.ops.quantize_per_token import quantize_per_token
-from thrifty.ops.ternary_matmul import FORMAT, ternary_matmul
+from thrifty.ops.quantize_per_token import quantize_per_token, rms_norm
+from thrifty.ops.ternary_matmul import FORMAT, ternary_matmul, unpack_weight
+from thrifty.spec.formats import TILE_ROWS
 from thrifty.spec.quantizers import EPS
+
+#: Codes that the backward holds as floats at a time.
+_STRIP = 1 << 20
 
 
 def packed_linear(
@@ -26,13 +30,69 @@ def packed_linear(
     """y = ternary_matmul(*quantize_per_token(x), W) + bias, in float32, with x or, with norm, rms_norm(x).
 
     x: [..., cols] of any floating dtype; packed: uint8 [bytes], from `pack_weight`, of a weight of shape [rows, cols];
-    w_scale: float32 [1]; bias: [rows] or None. Returns float32 [..., rows]; no gradient. The bits are those of the two
-    ops; on a CPU it costs a fraction of their calls, which is most of a product of one row.
+    w_scale: float32 [1]; bias: [rows] or None. Returns float32 [..., rows]. The bits are those of the two ops; on a CPU
+    it costs a fraction of their calls, which is most of a product of one row.
+
+    The gradient of x goes straight through its quantizer, dx = g (codes * s_w), as in `bit_linear`; codes become floats
+    a strip of rows at a time and are not kept. Weight and bias have none.
     Raises ThriftyError where x does not have the columns of the weight, or the bytes are not those of its shape.
     """
+    if x.shape[-1] != shape[1]:
+        raise ThriftyError(f"[packed_linear] x must have {shape[1]} features; got {x.shape[-1]}")
+    if torch.is_grad_enabled() and x.requires_grad:
+        x = rms_norm(x.float()) if norm else x
+        y: Tensor = _PackedLinear.apply(x, packed, shape, w_scale, bias)  # pyright: ignore
+        return y
+    return _evaluated(x, packed, shape, w_scale, bias, norm)
+
+
+class _PackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed, shape, w_scale, bias):
+        ctx.save_for_backward(packed, w_scale)
+        ctx.cols, ctx.dtype = shape[1], x.dtype
+        # What comes back was rounded to autocast's dtype, in which codes are exact, too.
+        device = x.device.type
+        ctx.product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        return _evaluated(x, packed, shape, w_scale, bias, False)
+
+    @staticmethod
+    def backward(ctx, grad):
+        packed, w_scale = ctx.saved_tensors
+        dx = _backward(grad.to(ctx.product), packed, ctx.cols, w_scale)
+        return dx.to(ctx.dtype), None, None, None, None
+
+
+@torch.library.custom_op("thrifty::packed_linear_backward", mutates_args=())
+def _backward(grad: Tensor, packed: Tensor, cols: int, w_scale: Tensor) -> Tensor:
+    """grad @ (codes * w_scale), float32 [..., cols]."""
+    rows = grad.shape[-1]
+    g = grad.reshape(-1, rows)
+    dx = g.new_zeros((len(g), cols), dtype=torch.float32)
+    # Whole tiles of rows lie together in the kernel layout.
+    strip = max(1, _STRIP // cols // TILE_ROWS) * TILE_ROWS
+    for first in range(0, rows, strip):
+        count = min(strip, rows - first)
+        codes = _unpack(packed[FORMAT.nbytes(first, cols) :][: FORMAT.nbytes(count, cols)], count, cols)
+        dx += g[:, first : first + count] @ codes.to(g.dtype)
+    return (dx * w_scale).view(*grad.shape[:-1], cols)
+
+
+@_backward.register_fake
+def _(grad: Tensor, packed: Tensor, cols: int, w_scale: Tensor) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], cols), dtype=torch.float32)
+
+
+def _unpack(packed: Tensor, rows: int, cols: int) -> Tensor:
+    if use_native(packed):
+        return torch.from_numpy(native.unpack(FORMAT.name, packed.numpy(), rows, cols))
+    return unpack_weight(packed, rows, cols)
+
+
+def _evaluated(
+    x: Tensor, packed: Tensor, shape: tuple[int, int], w_scale: Tensor, bias: Tensor | None, norm: bool
+) -> Tensor:
     rows, cols = shape
-    if x.shape[-1] != cols:
-        raise ThriftyError(f"[packed_linear] x must have {cols} features; got {x.shape[-1]}")
     if not _is_direct(x):
         codes, scales = quantize_per_token(x.reshape(-1, cols), norm=norm)
         return ternary_matmul(codes, scales, packed, rows, w_scale, bias).view(*x.shape[:-1], rows)
