@@ -1,7 +1,7 @@
 """How the next token is chosen, and when to stop."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,8 @@ class Continuation:
         self.made: list[int] = []
         self.count = count
         self.finished = count == 0
+        #: Whether the text is over with a token, for another reason than `stops`.
+        self.ends: Callable[[int], bool] = lambda _: False
         self._sampling, self._rng, self._stops = sampling, rng, stops
 
     def take(self, logits: np.ndarray) -> int | None:
@@ -68,7 +70,7 @@ class Continuation:
             return None
         self.seen.append(token)
         self.made.append(token)
-        self.finished = len(self.made) == self.count
+        self.finished = len(self.made) == self.count or self.ends(token)
         return token
 
 

@@ -17,7 +17,7 @@ from thrifty.runtime.drafting import Drafter, Drafting
 from thrifty.runtime.generation import Continuation, Defaults
 from thrifty.runtime.prompt_cache import PromptCache
 from thrifty.runtime.score import Score, negative_log_likelihood
-from thrifty.runtime.text import pieces, read_tokenizer, until_stop
+from thrifty.runtime.text import Ending, pieces, read_tokenizer, until_stop
 from thrifty.spec import CHUNK
 from thrifty.spec.windows import scoring_windows
 
@@ -104,6 +104,13 @@ class Runtime:
         """Bytes of weights that a decode step reads."""
         return self._decoder.bytes_per_token
 
+    @property
+    def start_token(self) -> int | None:
+        """The token that begins a sequence: that of its beginning or of its end; None where the model names neither."""
+        if self._defaults.bos is not None and self._defaults.bos < self.config.vocab_size:
+            return self._defaults.bos
+        return min(self._defaults.eos, default=None)
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with the special tokens that the tokenizer adds."""
         return self._ids(text)
@@ -184,7 +191,7 @@ class Runtime:
 
         Each is what `generate` gives for its prompt alone. Options are those of `generate`, without a cache.
         """
-        stop = options.pop("stop", ())
+        stop = options.get("stop", ())
         return ["".join(self.text_of(tokens, stop)) for tokens in self.generate_tokens_batch(prompts, **options)]
 
     def generate_tokens_batch(
@@ -196,12 +203,20 @@ class Runtime:
         top_k: int | None = None,
         top_p: float | None = None,
         repetition_penalty: float | None = None,
-        seed: int | None = None,
+        seed: int | np.random.Generator | None = None,
         ignore_eos: bool = False,
+        stop: str | Sequence[str] = (),
     ) -> list[list[int]]:
-        """`generate_batch` as token ids: each list is what `generate_tokens` gives for its prompt alone."""
+        """`generate_batch` as token ids: each list is what `generate_tokens` gives for its prompt alone.
+
+        stop: strings that end a text; the token that completes one is its last.
+        """
         choice = (temperature, top_k, top_p, repetition_penalty)
         runs = [self._begin(prompt, max_new_tokens, seed, ignore_eos, *choice) for prompt in prompts]
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if any(stops):
+            for run in runs:
+                run.ends = Ending(self._tokenizer_or_error(), stops)
         most = self._decoder.most_sequences
         for start in range(0, len(runs), most):
             self._run_together(runs[start : start + most])
@@ -253,7 +268,7 @@ class Runtime:
         tokens = self._ids(text, add_special_tokens=False)
         if not tokens:
             raise ThriftyError("[perplexity] the text must have at least one token; got none")
-        start = self._start()
+        start = self.start_token
         nats = math.log(self.config.vocab_size) if start is None else 0.0
         read = np.array(tokens if start is None else [start, *tokens])
         for begin, scored, stop in scoring_windows(len(read), window, stride):
@@ -266,6 +281,29 @@ class Runtime:
             if progress is not None:
                 progress(stop - (len(read) - len(tokens)), len(tokens))
         return Score(nats, len(tokens), len(text.encode()))
+
+    def log_likelihood(self, tokens: Sequence[int], count: int, cache: Cache | None = None) -> tuple[float, bool]:
+        """log p of the last `count` tokens given those before them, in nats, and whether each of them is the likeliest.
+
+        cache: one of `new_cache`; what the sequences of several calls begin with alike is computed once. Raises
+        ThriftyError where 1 <= count < len(tokens) does not hold, or all but the last exceed the context.
+        """
+        if not 1 <= count < len(tokens):
+            raise ThriftyError(f"[log_likelihood] 1 <= count < {len(tokens)} (the tokens) must hold; got {count}")
+        inputs, (last,) = self._prompt(tokens[:-1]), self._prompt(tokens[-1:])
+        targets = np.array([*inputs[len(inputs) - count + 1 :], last])
+        cache = self._new_cache(len(inputs)) if cache is None else cache
+        first = len(inputs) - count  # the input whose logits predict the first target
+        shared = cache.keep_prefix(inputs[: first + 1])
+        if shared < first:
+            self._decoder.advance(inputs[shared:first], cache)
+        nats, done, likeliest = 0.0, 0, True
+        for logits in self._decoder.logits(inputs[first:], cache):
+            expected = targets[done : done + len(logits)]
+            nats += negative_log_likelihood(logits, expected)
+            likeliest = likeliest and bool((logits.argmax(-1) == expected).all())
+            done += len(logits)
+        return -nats, likeliest
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> tuple[list[int], list[str]]:
         """Tokens that ask for the assistant's answer to `messages`, and the strings that end it.
@@ -383,7 +421,7 @@ class Runtime:
     def _prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt, checked; an empty one begins a new sequence."""
         tokens = self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        start = self._start()
+        start = self.start_token
         if not tokens and start is not None:
             tokens = [start]
         if not tokens:
@@ -396,12 +434,6 @@ class Runtime:
                 f"[generate] a prompt may have {self.max_context} tokens (the context); got {len(tokens)}; shorten it"
             )
         return tokens
-
-    def _start(self) -> int | None:
-        """The token that begins a sequence."""
-        if self._defaults.bos is not None and self._defaults.bos < self.config.vocab_size:
-            return self._defaults.bos
-        return min(self._defaults.eos, default=None)
 
     def _room(self, tokens: list[int], max_new_tokens: int | None) -> int:
         room = self.room(tokens)

@@ -52,6 +52,23 @@ def pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
         yield rest
 
 
+class Ending:
+    """Whether the text of tokens, given one by one, has come to one of the strings `stops`."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._text = ""
+
+    def __call__(self, token: int) -> bool:
+        self._text += self._stream.step(self._tokenizer, token) or ""
+        if any(stop in self._text for stop in self._stops):
+            return True
+        # What is left may begin a stop string that later tokens complete.
+        self._text = self._text[-max(map(len, self._stops)) :]
+        return False
+
+
 def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     """`pieces` up to the first complete string of `stops`, which is not given; what may begin one is held back."""
     held = ""
