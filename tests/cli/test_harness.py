@@ -156,5 +156,5 @@ def test_a_missing_harness_is_one_sentence(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["eval", str(folder / "packed"), "--tasks=legs"]) == 2
     assert capsys.readouterr().err == (
-        "error: [eval] tasks need lm_eval, which is not installed; pip install 'thrifty[harness]'\n"
+        "error: this command needs lm_eval, which is not installed; pip install 'thrifty[harness]'\n"
     )

@@ -19,13 +19,14 @@ EPILOG = """Examples:
 
 thrifty eval runs/notes-packed letters.txt
 
-thrifty eval runs/notes runs/notes-packed letters.txt    (what packing costs: nothing)
+thrifty eval runs/notes runs/notes-packed letters.txt    (packing is free)
 
 thrifty eval runs/demo/packed --head-bits 16,8,4 --cache-bits 32,16,8
 
-thrifty eval runs/notes runs/notes-packed --tasks arc_easy,hellaswag --limit 100    (pip install 'thrifty[harness]')
+thrifty eval runs/notes-packed --tasks arc_easy,hellaswag --limit 100
 
-The others are compared with the first row. A token is scored once, with at least WINDOW - STRIDE tokens before it.
+Tasks need the extra 'harness'. The other rows are compared with the first. A token is scored once, with at least
+WINDOW - STRIDE tokens before it.
 """
 
 ENGINES = ("auto", "torch", "runtime")
@@ -200,7 +201,7 @@ def load_torch(place: Place, threads: int | None) -> Any:
     if threads is not None:
         torch.set_num_threads(threads)
     logging.disable_progress_bar()
-    model = ThriftyForCausalLM.from_pretrained(place.folder.path, dtype=torch.float32)
+    model: Any = ThriftyForCausalLM.from_pretrained(place.folder.path, dtype=torch.float32)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

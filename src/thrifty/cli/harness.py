@@ -22,20 +22,17 @@ def evaluate(
     bits: tuple[int, int],
     threads: int | None,
 ) -> dict[str, Any]:
-    """Results by model, task and metric. Raises ThriftyError where lm_eval is missing, or a task cannot be had."""
-    try:
-        import lm_eval
-    except ImportError:
-        raise ThriftyError(
-            "[eval] tasks need lm_eval, which is not installed; pip install 'thrifty[harness]'"
-        ) from None
+    """Results by model, task and metric. Raises ThriftyError where a task cannot be had."""
+    import lm_eval
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _manager(tasks, include_path)
+    simple_evaluate: Any = lm_eval.simple_evaluate
     models = []
     for place in places:
         model = _runtime(place, bits, threads) if place.engine == "runtime" else _torch(place, threads)
         try:
-            found: Any = lm_eval.simple_evaluate(
+            found = simple_evaluate(
                 model=model, tasks=list(tasks), limit=limit, num_fewshot=num_fewshot, task_manager=manager
             )
         except ThriftyError:

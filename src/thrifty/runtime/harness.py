@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -83,23 +83,26 @@ class RuntimeLM(TemplateLM):
         texts = [""] * len(requests)
         alike: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            alike.setdefault(repr(request.args[1]), []).append(i)
+            _, options = cast(tuple[str, dict[str, Any]], request.args)
+            alike.setdefault(repr(options), []).append(i)
         with tqdm(total=len(requests), desc="texts", disable=disable_tqdm) as bar:
             for members in alike.values():
-                options = self._options(requests[members[0]].args[1])
+                arguments: list[Any] = [requests[i].args for i in members]
+                options = self._options(arguments[0][1])
                 room = self.max_length - options["max_new_tokens"]
                 if room < 1:
                     raise ThriftyError(
                         f"[harness] a task's new tokens must be fewer than the {self.max_length} of the context; got "
                         f"{options['max_new_tokens']}; choose another task, or set its max_gen_toks"
                     )
+                prompts = [self.tok_encode(context)[-room:] for context, _ in arguments]
                 for start in range(0, len(members), TOGETHER):
-                    part = members[start : start + TOGETHER]
-                    prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in part]
-                    for i, text in zip(part, self.runtime.generate_batch(prompts, **options), strict=True):
+                    part = slice(start, start + TOGETHER)
+                    made = self.runtime.generate_batch(prompts[part], **options)
+                    for i, asked, text in zip(members[part], arguments[part], made, strict=True):
                         texts[i] = text
-                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    bar.update(len(part))
+                        self.cache_hook.add_partial("generate_until", asked, text)
+                    bar.update(len(made))
         return texts
 
     def _options(self, given: dict[str, Any]) -> dict[str, Any]:
