@@ -52,9 +52,9 @@ def main(
     places: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL... [TEXT]",
-            help="Folders, .gguf files or hub ids of models; last, a UTF-8 file: by default the held-out part of the "
-            "built-in text.",
+            metavar="MODEL",
+            help="Folders, .gguf files or hub ids of models, and last the text, a UTF-8 file: by default the held-out "
+            "part of the built-in one.",
             show_default=False,
         ),
     ],
