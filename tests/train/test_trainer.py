@@ -8,11 +8,12 @@ from safetensors.torch import load_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 from transformers import TrainerCallback
 
-from thrifty.errors import ThriftyError
+from thrifty.errors import ThriftyError, ThriftyWarning
 from thrifty.models import BitNetForCausalLM
 from thrifty.models.decoder import DecoderLayer
 from thrifty.runtime import load
 from thrifty.train import trainer as module
+from thrifty.train.checkpoints import seal
 from thrifty.train.corpus import Corpus, Part
 from thrifty.train.evaluate import bits_per_byte
 from thrifty.train.recipe import find_recipe
@@ -109,17 +110,29 @@ def test_a_resumed_run_ends_with_the_same_weights(run, tmp_path):
 
 def test_a_half_written_checkpoint_is_passed_over(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "cut")
-    state = tmp_path / "cut/checkpoints/checkpoint-6/trainer_state.json"
-    state.write_text(state.read_text()[:50])
-    train(tmp_path / "cut")
+    (tmp_path / "cut/checkpoints/checkpoint-6/seal.json").unlink()
+    with pytest.warns(ThriftyWarning, match="checkpoint-6 is passed over: it was cut off while it was saved"):
+        train(tmp_path / "cut")
     assert same(weights(tmp_path / "cut"), weights(run[0]))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
-def test_a_damaged_checkpoint_is_named(run, tmp_path, name):
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(run, tmp_path, name):
     shutil.copytree(run[0], tmp_path / "bad")
     file = tmp_path / "bad/checkpoints/checkpoint-6" / name
-    file.write_bytes(file.read_bytes()[:100])
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.warns(ThriftyWarning, match=f"checkpoint-6 is passed over: {name} is not what was saved"):
+        train(tmp_path / "bad")
+    assert same(weights(tmp_path / "bad"), weights(run[0]))
+
+
+def test_a_whole_checkpoint_that_cannot_be_read_is_named(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "bad")
+    checkpoint = tmp_path / "bad/checkpoints/checkpoint-6"
+    (checkpoint / "optimizer.pt").write_bytes(b"what another version wrote")
+    seal(checkpoint)
     with pytest.raises(ThriftyError, match=r"checkpoint-6 cannot be resumed .*; delete that folder"):
         train(tmp_path / "bad")
 
@@ -225,6 +238,48 @@ def test_a_disk_that_fills_up_while_logging_is_one_sentence(tmp_path, monkeypatc
     with pytest.raises(ThriftyError, match=r"logs could not be written: no space left on device; free some space"):
         train(tmp_path)
     assert "Traceback" not in capsys.readouterr().err
+
+
+class Break(TrainerCallback):
+    """Makes a weight NaN after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if model is not None and state.global_step + 1 == self.step:
+            model.model.norm.weight.data[3] = torch.nan
+
+
+@pytest.fixture
+def with_callback(monkeypatch):
+    original = module.CausalTrainer.__init__
+
+    def add(callback):
+        def init(self, *, callbacks, **kwargs):
+            original(self, callbacks=[*callbacks, callback], **kwargs)
+
+        monkeypatch.setattr(module.CausalTrainer, "__init__", init)
+
+    return add
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path, with_callback):
+    with_callback(Break(2))
+    with pytest.raises(ThriftyError, match=r"got nan in step 3, whose batch is in .*diverged.json; train anew"):
+        train(tmp_path)
+    kept = json.loads((tmp_path / "diverged.json").read_text())
+    assert kept["step"] == 3
+    assert (len(kept["batch"]["input_ids"]), len(kept["batch"]["input_ids"][0])) == (2, 16)
+    assert all("line of a text" in text or "counts" in text for text in kept["texts"])
+    assert len(kept["learning_rates"]) == 2
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, with_callback):
+    with_callback(Break(4))
+    with pytest.raises(ThriftyError, match=r"model.norm.weight is not after step 4; train anew"):
+        train(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch):

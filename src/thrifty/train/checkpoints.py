@@ -2,30 +2,60 @@
 
 import json
 import shutil
+import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
 from thrifty.checkpoint import atomic_file, explained
-from thrifty.errors import ThriftyError
+from thrifty.errors import ThriftyError, ThriftyWarning
 
 CHECKPOINTS = "checkpoints"
 RECORD = "training.json"
+#: The file of a checkpoint that is written last.
+SEAL = "seal.json"
+
+
+def seal(checkpoint: Path) -> None:
+    """Write down the size and CRC-32 of every file of a checkpoint: it is whole, and damage can be told from now on."""
+    marks = json.dumps(_marks(checkpoint), indent=1)
+    with atomic_file(checkpoint / SEAL, "w") as file:
+        file.write(marks + "\n")
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: it was cut off before its seal, or a file is not what was sealed."""
+    try:
+        sealed = json.loads((checkpoint / SEAL).read_text())
+    except (OSError, ValueError):
+        return "it was cut off while it was saved"
+    found = _marks(checkpoint)
+    wrong = sorted(name for name, mark in sealed.items() if found.get(name) != mark)
+    return f"{wrong[0]} is not what was saved" if wrong else None
+
+
+def _marks(checkpoint: Path) -> dict[str, list[int]]:
+    marks = {}
+    for file in sorted(checkpoint.rglob("*")):
+        if not file.is_file() or file.name == SEAL:
+            continue
+        crc = 0
+        with open(file, "rb") as content:
+            while piece := content.read(1 << 22):
+                crc = zlib.crc32(piece, crc)
+        marks[str(file.relative_to(checkpoint))] = [file.stat().st_size, crc]
+    return marks
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint below `output`, or None.
-
-    The trainer writes `trainer_state.json` last, so that a folder without a readable one was cut off while saving;
-    it is passed over for the one before.
-    """
+    """The newest whole checkpoint below `output`, or None; one that is passed over is told by a ThriftyWarning."""
     folders = (output / CHECKPOINTS).glob("checkpoint-*")
     numbered = sorted((int(f.name.rpartition("-")[2]), f) for f in folders if f.name.rpartition("-")[2].isdigit())
     for _, folder in reversed(numbered):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return folder
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        warnings.warn(f"[train] {folder} is passed over: {problem}", ThriftyWarning, stacklevel=2)
     return None
 
 

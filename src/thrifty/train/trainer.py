@@ -25,9 +25,10 @@ from thrifty.checkpoint import UnwritableError
 from thrifty.errors import ThriftyError
 from thrifty.models import ThriftyForCausalLM, round_dense_parameters
 from thrifty.train.blocks import PackedBlocks
-from thrifty.train.checkpoints import CHECKPOINTS, checkpoint_to_resume, clear_run, read_record, write_record
+from thrifty.train.checkpoints import CHECKPOINTS, checkpoint_to_resume, clear_run, read_record, seal, write_record
 from thrifty.train.corpus import Corpus
 from thrifty.train.curve import plot
+from thrifty.train.divergence import check_loss, check_weights
 from thrifty.train.evaluate import bits_per_byte
 from thrifty.train.event_files import event_files
 from thrifty.train.initial import initialize, new_model
@@ -57,8 +58,10 @@ class TrainingResult:
 class CausalTrainer(Trainer):
     """The Trainer with this package's optimizer and schedule, and a sentence when a checkpoint cannot be written."""
 
-    def __init__(self, *, model: PreTrainedModel, training: Training, since: float, **kwargs: Any):
-        self.latent, self.training = model, training
+    def __init__(
+        self, *, model: PreTrainedModel, training: Training, tokenizer: Tokenizer, since: float, **kwargs: Any
+    ):
+        self.latent, self.training, self.tokenizer = model, training, tokenizer
         #: When the seconds not logged yet began.
         self.since = since
         super().__init__(model=model, **kwargs)
@@ -81,10 +84,21 @@ class CausalTrainer(Trainer):
         self.since = now
         super().log(logs, *args, **kwargs)
 
+    def training_step(self, model, inputs, *args: Any):
+        loss = super().training_step(model, inputs, *args)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        output = Path(str(self.args.output_dir)).parent
+        check_loss(loss, self.state.global_step + 1, inputs, rates, self.tokenizer, output)
+        return loss
+
     def _save_checkpoint(self, model, trial):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        check_weights(self.latent, self.state.global_step)
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal(folder)
         except Exception as problem:
             # What was cut off must not be taken for a checkpoint.
             shutil.rmtree(folder, ignore_errors=True)
@@ -143,6 +157,7 @@ def train(
     with quiet(), event_files(output / "logs") as events, ProgressBar(console, scale) as bar:
         trainer = CausalTrainer(
             training=training,
+            tokenizer=tokenizer,
             since=started,
             model=model,
             args=_arguments(training, output, glance is not None),
@@ -325,7 +340,8 @@ def _run(trainer: Trainer, checkpoint: Path | None) -> None:
         # Loading fails before a step is made; what fails later is not the checkpoint's fault.
         if trainer.state.global_step > first:
             raise
-        rule = f"[train] {checkpoint} cannot be resumed ({type(problem).__name__}: {problem})"
+        reason = str(problem).partition("\n")[0]
+        rule = f"[train] {checkpoint} cannot be resumed ({type(problem).__name__}: {reason})"
         raise ThriftyError(f"{rule}; delete that folder to go on from the one before, or start by --fresh") from problem
 
 
