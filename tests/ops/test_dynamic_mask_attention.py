@@ -56,6 +56,35 @@ def test_gradients_are_those_of_the_formula(shape, window, score_heads, padded):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("window", [1, 20, 300, None])
+@pytest.mark.parametrize("score_heads", [2, 4])
+def test_documents_compete_among_themselves(window, score_heads):
+    """A row of documents, some longer than a block of queries, gives what each gives alone, gradients too."""
+    lengths = (1, 200, 40, 6, 53)
+    q, k, v, scores = case(1, 300, 300, score_heads)
+    # What lies before is better than all that comes later.
+    leaves = q, k, v, (scores - torch.arange(300) / 10).detach().requires_grad_()
+    documents = torch.repeat_interleave(torch.tensor([3, 0, 1, 5, 2]), torch.tensor(lengths))[None]
+    y = ops.dynamic_mask_attention(*leaves, window=window, documents=documents)
+    pieces = zip(*(t.split(lengths, 2) for t in leaves), strict=True)
+    alone = [ops.dynamic_mask_attention(*one, window=window) for one in pieces]
+    expected = torch.cat(alone, 2)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    g = torch.randn(y.shape)
+    for got, want in zip(torch.autograd.grad(y, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+
+
+def test_documents_need_every_query_and_no_mask():
+    q, k, v, scores = case(1, 40, 200)
+    documents = torch.zeros(1, 200, dtype=torch.long)
+    with pytest.raises(ThriftyError, match=r"documents must be \[B, S\] = \(1, 200\) of T = S tokens without a mask"):
+        ops.dynamic_mask_attention(q, k, v, scores, 5, documents=documents)
+    mask = torch.ones(1, 200, dtype=torch.bool)
+    with pytest.raises(ThriftyError, match="200 queries and a mask"):
+        ops.dynamic_mask_attention(case(1, 200, 200)[0], k, v, scores, 5, mask, documents=documents)
+
+
 @pytest.mark.parametrize("window", [40, None])
 def test_scores_far_apart(window):
     q, k, v, scores = case(1, 300, 300)

@@ -116,6 +116,34 @@ def test_ssds_gradients_are_finite_and_do_not_depend_on_the_chunk(T):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * one.abs().max().item())
 
 
+@pytest.mark.parametrize("chunk", [1, 16, 256])
+def test_a_documents_state_begins_at_zero(chunk):
+    """Several documents in a chunk, one over several, and one that begins where a chunk does; the first goes on."""
+    lengths = (1, 2, 13, 40, 1, 7)
+    documents = torch.repeat_interleave(torch.tensor([4, 0, 4, 1, 3, 2]), torch.tensor(lengths)).expand(2, -1)
+    arrays = ssd_inputs(64)
+    # What earlier documents leave is larger than all that follows.
+    arrays["x"][:, :56] *= 1e4
+    ssd_state = torch.from_numpy(arrays.pop("state")).requires_grad_()
+    tensors = {n: torch.from_numpy(a).requires_grad_() for n, a in arrays.items()}
+    f, c, state = (torch.from_numpy(a).requires_grad_() for a in mlgru_inputs(64))
+    packed = *ops.ssd(**tensors, state=ssd_state, chunk=chunk, documents=documents), *ops.mlgru(f, c, state, documents)
+    parts = []
+    pieces = [t.split(lengths, 1) for n, t in (tensors | {"f": f, "c": c}).items() if n not in "AD"]
+    for i, (x, dt, B, C, gates, candidates) in enumerate(zip(*pieces, strict=True)):
+        y = ops.ssd(x, dt, tensors["A"], B, C, tensors["D"], None if i else ssd_state, chunk)
+        parts.append((*y, *ops.mlgru(gates, candidates, None if i else state)))
+    alone = [torch.cat([p[n] for p in parts], 1) if n in (0, 2) else parts[-1][n] for n in range(4)]
+    weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(0)) for t in alone]
+    leaves = (*tensors.values(), f, c, state, ssd_state)
+    for got, want in zip(
+        (*packed, *torch.autograd.grad(packed, leaves, weights)),
+        (*alone, *torch.autograd.grad(alone, leaves, weights)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * max(want.abs().max().item(), 1))
+
+
 @pytest.mark.parametrize("t", [0, 5, 16, 39])
 def test_the_past_knows_nothing_of_the_future(t):
     arrays = ssd_inputs(40)

@@ -151,16 +151,24 @@ class ThriftyModel(ThriftyPreTrainedModel):
         """Hidden states of token ids [B, T], or of embeddings [B, T, hidden_size].
 
         attention_mask: [B, S], 0 at padding, S counting cached tokens too; or a [B, 1, T, S] mask taken as it is.
-        position_ids: [B, T]; by default tokens are counted from each row's first one that is not padding.
-        Raises ThriftyError for both or neither of ids and embeddings, and beyond `max_position_embeddings`.
+        position_ids: [B, T]; by default tokens are counted from each row's first one that is not padding. Without an
+        attention_mask, and without a cache, ids that restart divide a row into documents: none sees another.
+        Raises ThriftyError for both or neither of ids and embeddings, beyond `max_position_embeddings`, and for
+        documents with a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ThriftyError("[model] takes either input_ids or inputs_embeds; got both or neither")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        documents = packed_documents(position_ids, len(x)) if attention_mask is None else None
+        if documents is not None and (use_cache or past_key_values is not None):
+            raise ThriftyError(
+                "[model] documents packed in one row cannot be cached; got position_ids that restart, and a cache; "
+                "pass use_cache=False, or give each document a row"
+            )
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and documents is None
         past_key_values = fitting_cache(self.config, past_key_values, use_cache)
-        masks = self._masks(x, attention_mask, position_ids, past_key_values)
+        masks = self._masks(x, attention_mask, past_key_values, documents)
         rotary = None
         if self.rotary_emb is not None:
             position_ids = self._positions(x, attention_mask, position_ids, past_key_values)
@@ -188,17 +196,19 @@ class ThriftyModel(ThriftyPreTrainedModel):
         return output if self._option("return_dict", return_dict) else output.to_tuple()
 
     def _masks(
-        self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: Cache | None
+        self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, documents: Tensor | None
     ) -> dict[str, Tensor | None]:
-        """What each mixer is given: attention a mask of queries and keys, the others which tokens are no padding."""
+        """What each mixer is given: the documents of tokens where a row has several; else attention a mask of queries
+        and keys, and the others which tokens are no padding."""
         mixers, masks = self.config.mixers, {}
+        if documents is not None:
+            return dict.fromkeys(mixers, documents)
         if "attention" in mixers:
             masks["attention"] = create_causal_mask(
                 config=self.config,
                 inputs_embeds=x,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
-                position_ids=position_ids,
             )
         if mixers - {"attention"}:
             if attention_mask is not None and attention_mask.ndim != 2:
@@ -232,6 +242,20 @@ class ThriftyModel(ThriftyPreTrainedModel):
 
     def _option(self, name: str, given: bool | None) -> bool:
         return getattr(self.config, name) if given is None else given
+
+
+def packed_documents(position_ids: Tensor | None, rows: int) -> Tensor | None:
+    """The document of each token, int64 [B, T], where position_ids [B or 1, T] do not go on by ones; None where all do.
+
+    That is how transformers marks documents packed in a row. While a compiler traces the whole model the numbers are
+    returned in either case, as nothing can be decided by them.
+    """
+    if position_ids is None:
+        return None
+    documents = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(1).expand(rows, -1)
+    if torch.compiler.is_compiling() or bool(documents[:, -1].any()):
+        return documents
+    return None
 
 
 class ThriftyForCausalLM(ThriftyPreTrainedModel, Generation, GenerationMixin):

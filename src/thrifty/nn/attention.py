@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from thrifty import ops
 from thrifty.errors import ThriftyError
+from thrifty.nn.cache import packed
 from thrifty.nn.linear import Linear, Norm, make_linear
 from thrifty.nn.norm import RMSNorm
 
@@ -17,7 +18,8 @@ class BitAttention(nn.Module):
 
     forward(x, rotary, mask, past_key_values): rotary is the pair (cos, sin) of the tokens' positions, from
     `RotaryEmbedding`, or None for no positions; mask is [B, 1, T, S], boolean or additive, needed for padding, or for
-    several tokens after cached ones; past_key_values is a transformers `Cache`, updated at `layer_idx`.
+    several tokens after cached ones, or int64 [B, T], the document of each token, which sees no other; past_key_values
+    is a transformers `Cache`, updated at `layer_idx`.
     Raises ThriftyError where heads and widths do not divide.
     """
 
@@ -70,7 +72,9 @@ class BitAttention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, h, T, d]
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        y = ops.attention(q, k, v, mask, self.attention_dropout if self.training else 0.0)
+        documents = packed(mask, past_key_values)
+        dropout = self.attention_dropout if self.training else 0.0
+        y = ops.attention(q, k, v, None if documents is not None else mask, dropout, documents)
         y = y.transpose(1, 2).flatten(2)  # [B, T, heads * d]
         if self.attn_sub_norm is not None:
             y = self.attn_sub_norm(y)

@@ -188,13 +188,27 @@ def _layer(cache: Any, layer_idx: int, kind: type, name: str) -> Any:
 
 def unpadded(mask: Tensor | None, tokens: int) -> Tensor | None:
     """The last columns, one a token, of a padding mask [B, S] that is False at padding; None for no padding."""
-    if mask is None:
+    if mask is None or mask.dtype == torch.int64:
         return None
     if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] < tokens:
         raise ThriftyError(
             f"[mixer] a padding mask must be boolean [B, S] with S >= {tokens}; got {mask.dtype} {tuple(mask.shape)}"
         )
     return mask[:, -tokens:]
+
+
+def packed(mask: Tensor | None, cache: Any) -> Tensor | None:
+    """The documents [B, T] that an integer mask numbers; None for a boolean one or none.
+
+    Raises ThriftyError with a cache: what it holds belongs to one document a row.
+    """
+    if mask is None or mask.dtype != torch.int64:
+        return None
+    if cache is not None:
+        raise ThriftyError(
+            "[mixer] documents packed in one row cannot be cached; got a cache; leave it out, or give each a row"
+        )
+    return mask
 
 
 def _select(slots: tuple[Tensor, ...], index: Tensor) -> Any:

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from thrifty import ops
 from thrifty.errors import ThriftyError
 from thrifty.nn.attention import check_heads
-from thrifty.nn.cache import dynamic_mask_layer, unpadded
+from thrifty.nn.cache import dynamic_mask_layer, packed, unpadded
 from thrifty.nn.linear import ExactLinear, Linear, Norm, is_exact, make_linear
 from thrifty.nn.norm import RMSNorm
 from thrifty.nn.rotary import RotaryEmbedding
 from thrifty.ops import evaluation
+from thrifty.ops.documents import pieces
 
 #: How a dynamic mask chooses its keys.
 Selection = Literal["none", "keep_window", "ratio", "ratio_legacy"]
@@ -35,7 +36,8 @@ class DynamicMaskAttention(nn.Module):
 
     forward(x, rotary, mask, past_key_values): called as `BitAttention` is; mask is boolean [B, S], False at padding,
     which is not seen and not kept (a query without any key gives zeros before `o`; with keyless_mean the mean of all
-    values, as transformers' Doge does); keys are kept in the `DynamicMaskLayer` number `layer_idx` of past_key_values.
+    values, as transformers' Doge does), or int64 [B, T], the document of each token, in which a query has its keys;
+    without documents keys are kept in the `DynamicMaskLayer` number `layer_idx` of past_key_values.
     Raises ThriftyError where heads and widths do not divide, and for a selection that keeps no key.
     """
 
@@ -123,17 +125,18 @@ class DynamicMaskAttention(nn.Module):
         if seen is not None:
             scores = scores.masked_fill(~seen[:, None], -torch.inf)
         layer = dynamic_mask_layer(past_key_values, self.layer_idx)
+        documents = packed(mask, layer)
         if layer is not None:
             k, v, scores = layer.extend(k, v, scores, self.window)
         hidden = None if seen is None else scores != -torch.inf
         if self.selection == "ratio_legacy":
-            scores = _drop_lowest(scores, self.ratio)
+            scores = _drop_lowest(scores, self.ratio, documents)
         dropout = self.attention_dropout if self.training else 0.0
         causal = seen is None and q.shape[2] in (1, k.shape[2]) and self.selection != "ratio_legacy"
         if self.kind != "dense" and causal and not dropout and is_exact(x):
-            y = evaluation.dynamic_mask_attention(q, k, v, scores, self.window)
+            y = evaluation.dynamic_mask_attention(q, k, v, scores, self.window, documents)
         else:
-            y = ops.dynamic_mask_attention(q, k, v, scores, self.window, hidden, dropout)
+            y = ops.dynamic_mask_attention(q, k, v, scores, self.window, hidden, dropout, documents)
         if self.keyless_mean and seen is not None and v.shape[2] == x.shape[1]:
             keyless = seen.cumsum(1)[:, None, :, None] == 0
             y = torch.where(keyless, v.mean(2, keepdim=True).repeat_interleave(self.heads // v.shape[1], 1), y)
@@ -256,10 +259,13 @@ def kept_keys(
     return keep_window_size if selection == "keep_window" else None
 
 
-def _drop_lowest(scores: Tensor, ratio: float) -> Tensor:
-    """scores [B, h, S] far below the others where less than the int(ratio * S)-th lowest of their head."""
-    n = int(ratio * scores.shape[-1])
-    if n == 0:
-        return scores
+def _drop_lowest(scores: Tensor, ratio: float, documents: Tensor | None) -> Tensor:
+    """scores [B, h, S] far below the others where less than the int(ratio * S)-th lowest of their head or document."""
+    low = torch.zeros_like(scores, dtype=torch.bool)
+    for row, at in pieces(documents, len(scores)):
+        one = scores[row, :, at]
+        n = int(ratio * one.shape[-1])
+        if n:
+            low[row, :, at] = one < one.kthvalue(n, -1, keepdim=True).values
     # Finite: a query that has lost all its keys takes their mean; the code that this reproduces adds keys to come.
-    return scores.masked_fill(scores < scores.kthvalue(n, -1, keepdim=True).values, -1e20)
+    return scores.masked_fill(low, -1e20)

@@ -3,7 +3,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from thrifty import ops
-from thrifty.nn.cache import recurrent_layer, unpadded
+from thrifty.nn.cache import packed, recurrent_layer, unpadded
 from thrifty.nn.linear import Linear, Norm, make_linear
 from thrifty.nn.norm import RMSNorm
 
@@ -16,8 +16,9 @@ class MLGRU(nn.Module):
     gain before `o`. weight, norm: as for `BitFeedForward`.
 
     forward(x, rotary, mask, past_key_values): called as `BitAttention` is; rotary is ignored, for a recurrence knows
-    where it is; mask is boolean [B, S], False at padding, which leaves the state untouched; the state [B, dim] is read
-    from and kept in the `RecurrentLayer` number `layer_idx` of past_key_values.
+    where it is; mask is boolean [B, S], False at padding, which leaves the state untouched, or int64 [B, T], the
+    document of each token, whose state begins at zero; without documents the state [B, dim] is read from and kept in
+    the `RecurrentLayer` number `layer_idx` of past_key_values.
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class MLGRU(nn.Module):
         if kept is not None:
             f = f.masked_fill(~kept[..., None], 1.0)
         layer = recurrent_layer(past_key_values, self.layer_idx)
-        h, state = ops.mlgru(f, c, None if layer is None or layer.state is None else layer.state.to(x.device))
+        start = None if layer is None or layer.state is None else layer.state.to(x.device)
+        h, state = ops.mlgru(f, c, start, packed(mask, layer))
         if layer is not None:
             layer.keep(state, x.shape[1])
         y = g * h

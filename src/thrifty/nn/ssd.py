@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from thrifty import ops
 from thrifty.errors import ThriftyError
-from thrifty.nn.cache import recurrent_layer, unpadded
+from thrifty.nn.cache import packed, recurrent_layer, unpadded
 from thrifty.nn.linear import ExactLinear, Linear, Norm, is_exact, make_linear
 from thrifty.nn.norm import RMSNorm
 from thrifty.ops import evaluation
@@ -22,8 +22,9 @@ class SSD(nn.Module):
 
     forward(x, rotary, mask, past_key_values): called as `BitAttention` is; with rotary, B and C are turned by their
     positions (Wonderful Matrices, arXiv 2412.11834), for which d_state must be rotary's head_dim; mask is boolean
-    [B, S], False at padding, which leaves the state untouched; the state [B, n_heads, head_dim, d_state] is read from
-    and kept in the `RecurrentLayer` number `layer_idx` of past_key_values. Raises ThriftyError where heads, groups and
+    [B, S], False at padding, which leaves the state untouched, or int64 [B, T], the document of each token, whose state
+    begins at zero; without documents the state [B, n_heads, head_dim, d_state] is read from and kept in the
+    `RecurrentLayer` number `layer_idx` of past_key_values. Raises ThriftyError where heads, groups and
     widths do not divide.
     """
 
@@ -96,11 +97,12 @@ class SSD(nn.Module):
             dt = dt.masked_fill(~kept[..., None], -torch.inf)
         layer = recurrent_layer(past_key_values, self.layer_idx)
         state = None if layer is None or layer.state is None else layer.state.to(x.device)
+        documents = packed(mask, layer)
         A = -self.A_log.double().exp().float()
         if self.kind != "dense" and self.D is None and is_exact(x):
-            y, state = evaluation.ssd(values, dt, A, B, C, state)
+            y, state = evaluation.ssd(values, dt, A, B, C, state, documents)
         else:
-            y, state = ops.ssd(values, F.softplus(dt), A, B, C, self.D, state, self.chunk)
+            y, state = ops.ssd(values, F.softplus(dt), A, B, C, self.D, state, self.chunk, documents)
         if layer is not None:
             layer.keep(state, x.shape[1])
         y = y.flatten(2)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from thrifty import native
 from thrifty.errors import ThriftyError
+from thrifty.ops.documents import pieces, visible
 
 #: Floats of logits that a block may hold at once; more rows than fit are taken in turns.
 _LOGITS = 1 << 22
@@ -31,16 +32,17 @@ def key_scores(v: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor | None =
     return torch.exp(A.double() * F.softplus(dt)).float().transpose(1, 2)
 
 
-def kept_until(scores: Tensor, window: int, mask: Tensor | None = None) -> Tensor:
+def kept_until(scores: Tensor, window: int, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
     """e_j: the first query position at which `window` better keys precede it, S where there is none.
 
     scores: [B, score_heads, S]; mask: bool [B, S] or [B, score_heads, S], False at keys that are never seen and do not
-    count, whose e_j is 0. Key j is active for the queries j ... e_j - 1. Returns int64 [B, score_heads, S]
+    count, whose e_j is 0; documents: int [B, S], the document that a key belongs to, in which it competes, and at whose
+    end no key outlives it. Key j is active for the queries j ... e_j - 1. Returns int64 [B, score_heads, S]
     (`thrifty.spec.kept_until`). No gradient. Raises ThriftyError for a window below 1.
     """
     if mask is not None:
         scores = _hide(scores, mask)
-    ends = _kept_until(scores.detach().float(), window)
+    ends = _kept_until(scores.detach().float(), window, documents)
     return ends if mask is None else ends.masked_fill(scores == -torch.inf, 0)
 
 
@@ -52,20 +54,22 @@ def dynamic_mask_attention(
     window: int | None = None,
     mask: Tensor | None = None,
     dropout: float = 0.0,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """o_t = softmax(q_t K^T / sqrt(d) + b) V over the `window` best keys up to t (arXiv 2412.11834; 2508.02124).
 
     q: [B, heads, T, d], the last T of S positions; k, v: [B, kv_heads, S, d]; scores b: [B, score_heads, S], with
     score_heads kv_heads, or heads where each keeps keys of its own; mask: bool [B, S] or [B, score_heads, S], False at
     padding, which is never seen and takes no place among the best. window=None keeps every key. Of equal scores the
-    newer key is kept. A query without any key gives zeros. Returns [B, heads, T, d] in the dtype of q.
+    newer key is kept. A query without any key gives zeros. documents: int [B, S] instead of a mask, the document that
+    each of S = T tokens belongs to: a query chooses among its own. Returns [B, heads, T, d] in the dtype of q.
 
     Where keys are evicted, memory and time are linear in S: blocks of queries gather the at most window + block keys
     that any of them sees, in the backward again. Where none is, the score becomes one more feature of the key
     and the rest is plain causal attention. Gradients flow to q, k, v and scores.
     Raises ThriftyError for shapes that do not fit and a window below 1.
     """
-    _check(q, k, v, scores, window, mask)
+    _check(q, k, v, scores, window, mask, documents)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     if scores.shape[1] != k.shape[1]:
@@ -74,14 +78,23 @@ def dynamic_mask_attention(
     if mask is not None:
         scores = _hide(scores, mask)
     if (window is None or window >= S) and T in (1, S):
-        y = _one(q, k, v, scores, dropout) if T == 1 else _dense(q, k, v, scores, dropout)
+        y = _one(q, k, v, scores, dropout) if T == 1 else _dense(q, k, v, scores, dropout, documents)
         return y if mask is None else _clear_keyless(y, scores)
     seed = int(torch.randint(1 << 62, ())) if dropout else 0
     window = min(window or S, S)
-    return _sparse(q, k, v, scores.float(), kept_until(scores, window, mask), window, dropout, seed)
+    ends = kept_until(scores, window, mask, documents)
+    return _sparse(q, k, v, scores.float(), ends, window, dropout, seed)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, window: int | None, mask: Tensor | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    window: int | None,
+    mask: Tensor | None,
+    documents: Tensor | None,
+) -> None:
     op = "[dynamic_mask_attention]"
     (B, heads, T, d), (kv_heads, S) = q.shape, k.shape[1:3]
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != d or heads % kv_heads or T > S:
@@ -97,6 +110,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, window: int | None, 
         raise ThriftyError(
             f"{op} mask must be bool {(B, S)} or {tuple(scores.shape)}, False at padding; got {mask.dtype} "
             f"{tuple(mask.shape)}"
+        )
+    if documents is not None and (mask is not None or T != S or documents.shape != (B, S)):
+        raise ThriftyError(
+            f"{op} documents must be [B, S] = {(B, S)} of T = S tokens without a mask; got {tuple(documents.shape)}, "
+            f"{T} queries and {'no' if mask is None else 'a'} mask"
         )
     if window is not None and window < 1:
         raise ThriftyError(f"{op} window must be at least 1; got {window}; None keeps every key")
@@ -114,7 +132,7 @@ def _one(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, dropout: float) -> Ten
     return (p.to(v.dtype) @ v).reshape(q.shape)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, dropout: float) -> Tensor:
+def _dense(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, dropout: float, documents: Tensor | None) -> Tensor:
     """Every key up to t: q' = [q, 1, 0 ...], k' = [k, sqrt(d) b, 0 ...], v' = [v, 0 ...], the scale that of q."""
     d = q.shape[-1]
     # A key without weight is far below the others, not at -inf, which would be NaN where it meets nothing else.
@@ -129,19 +147,30 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, dropout: float) -> T
     k = torch.cat([k, F.pad(torch.stack(parts, -1), (0, -(d + n) % 8))], -1)
     v = F.pad(v, (0, k.shape[-1] - d))
     y = F.scaled_dot_product_attention(
-        *(q, k, v), dropout_p=dropout, is_causal=True, scale=d**-0.5, enable_gqa=q.shape[1] != k.shape[1]
+        *(q, k, v, None if documents is None else visible(documents)),
+        dropout_p=dropout,
+        is_causal=documents is None,
+        scale=d**-0.5,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return y[..., :d]
 
 
 @torch.library.custom_op("thrifty::kept_until", mutates_args=())
-def _kept_until(scores: Tensor, window: int) -> Tensor:
-    rows = scores.reshape(-1, scores.shape[-1]).cpu().contiguous()
-    return torch.from_numpy(native.kept_until(rows.numpy(), window)).view(scores.shape).to(scores.device)
+def _kept_until(scores: Tensor, window: int, documents: Tensor | None = None) -> Tensor:
+    if documents is None:
+        rows = scores.reshape(-1, scores.shape[-1]).cpu().contiguous()
+        return torch.from_numpy(native.kept_until(rows.numpy(), window)).view(scores.shape).to(scores.device)
+    on_cpu = scores.cpu()
+    ends = torch.empty_like(on_cpu, dtype=torch.int64, memory_format=torch.contiguous_format)
+    for row, at in pieces(documents, len(on_cpu)):
+        one = on_cpu[row, :, at].contiguous()
+        ends[row, :, at] = torch.from_numpy(native.kept_until(one.numpy(), window)).add_(at.start)
+    return ends.to(scores.device)
 
 
 @_kept_until.register_fake
-def _(scores: Tensor, window: int) -> Tensor:
+def _(scores: Tensor, window: int, documents: Tensor | None = None) -> Tensor:
     return torch.empty_like(scores, dtype=torch.int64, memory_format=torch.contiguous_format)
 
 

@@ -5,13 +5,12 @@ layer, where a last bit can move a code, and a moved code a token. Elsewhere the
 long texts, and have gradients.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from thrifty import native
+from thrifty.ops.documents import pieces
 
 #: Most experts of a head.
 MOST_CHOSEN = native.MOST_CHOSEN
@@ -31,23 +30,37 @@ def product_key_scores(queries: Tensor, keys: Tensor) -> Tensor:
     return torch.stack([torch.stack(half, 1) for half in scores])
 
 
-def dynamic_mask_attention(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, window: int | None) -> Tensor:
+def dynamic_mask_attention(
+    q: Tensor, k: Tensor, v: Tensor, scores: Tensor, window: int | None, documents: Tensor | None = None
+) -> Tensor:
     """`thrifty.ops.dynamic_mask_attention` of T = S queries, or, over keys in the order of their slots, of one."""
-    T, S = q.shape[2], k.shape[2]
-    if T == 1 or (window is not None and window >= S):
+    qs, ks, vs, bs = (_array(t.transpose(1, 2)) for t in (q, k, v, scores))
+    y = np.empty_like(qs)
+    for row, at in pieces(documents, len(q)):
         # Of one query the cache has made the choice.
-        window = None
-    rows = zip(*(_array(t.transpose(1, 2)) for t in (q, k, v, scores)), strict=True)
-    y = [native.dynamic_mask_attention(q, k, v, scores, window) for q, k, v, scores in rows]
-    return _stack(y).transpose(1, 2)
+        every = window is None or window >= len(ks[row, at]) or len(qs[row, at]) == 1
+        one = qs[row, at], ks[row, at], vs[row, at], bs[row, at]
+        y[row, at] = native.dynamic_mask_attention(*one, None if every else window)
+    return torch.from_numpy(y).transpose(1, 2)
 
 
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor | None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """`thrifty.ops.ssd` without D, dt before its softplus (-inf leaves the state untouched)."""
-    rows = zip(*(_array(t) for t in (x, dt, B, C)), strict=True)
-    states: Sequence[np.ndarray | None] = [None] * len(x) if state is None else list(_array(state))
-    found = [native.ssd(x, dt, _array(A), B, C, h) for (x, dt, B, C), h in zip(rows, states, strict=True)]
-    return _stack([y for y, _ in found]), _stack([h for _, h in found])
+    xs, dts, rate, Bs, Cs = (_array(t) for t in (x, dt, A, B, C))
+    states: list[np.ndarray | None] = [None] * len(x) if state is None else list(_array(state))
+    y = np.empty_like(xs)
+    for row, at in pieces(documents, len(x)):
+        h = None if at.start else states[row]
+        y[row, at], states[row] = native.ssd(xs[row, at], dts[row, at], rate, Bs[row, at], Cs[row, at], h)
+    return torch.from_numpy(y), torch.from_numpy(np.stack(states))  # pyright: ignore[reportCallIssue,reportArgumentType]
 
 
 def routed_experts(x: Tensor, scores: Tensor, down: Tensor, up: Tensor, k: int, act: str, norm: bool) -> Tensor:
@@ -62,7 +75,3 @@ def routed_experts(x: Tensor, scores: Tensor, down: Tensor, up: Tensor, k: int, 
 
 def _array(x: Tensor) -> np.ndarray:
     return x.detach().float().contiguous().numpy()
-
-
-def _stack(rows: Sequence[np.ndarray]) -> Tensor:
-    return torch.stack([torch.from_numpy(row) for row in rows])

@@ -7,13 +7,15 @@ from torch import Tensor
 
 from thrifty.errors import ThriftyError
 from thrifty.ops.dispatch import is_evaluation
+from thrifty.ops.documents import opening
 
 
-def mlgru(f: Tensor, c: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def mlgru(f: Tensor, c: Tensor, state: Tensor | None = None, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """h_t = f_t * h_{t-1} + (1 - f_t) * c_t, elementwise (MatMul-free LM, arXiv 2406.02528, section 3.3.1).
 
     f: forget gates in [0, 1], [B, T, d]; c: candidates [B, T, d]; state: h_{-1} [B, d], zeros by default. Returns h
     [B, T, d] in the dtype of c, and the state after it, h_{T-1}, float32 [B, d]. A gate of 1 keeps the state untouched.
+    documents: int [B, T], the document that a token belongs to; where one begins, the state before it is dropped.
 
     Computed in float32. T tokens are cut into about sqrt(T) chunks that run side by side, token by token, and are then
     joined in order: 2 sqrt(T) steps, products of gates only, so a gate of 0 is as good as any. Evaluated without
@@ -24,14 +26,16 @@ def mlgru(f: Tensor, c: Tensor, state: Tensor | None = None) -> tuple[Tensor, Te
         raise ThriftyError(f"[mlgru] f and c must be [B, T, d], T > 0; got {tuple(f.shape)} and {tuple(c.shape)}")
     if state is not None and state.shape != (f.shape[0], f.shape[2]):
         raise ThriftyError(f"[mlgru] state must be [B, d] = {(f.shape[0], f.shape[2])}; got {tuple(state.shape)}")
-    gates, values = f.float(), c.float()
+    gates, added = f.float(), (1 - f.float()) * c.float()
+    if documents is not None:
+        gates = gates.masked_fill(opening(documents)[..., None], 0.0)
     start = torch.zeros_like(gates[:, 0]) if state is None else state.float()
     if is_evaluation(f):
         steps = [start]
-        for gate, added in zip(gates.unbind(1), ((1 - gates) * values).unbind(1), strict=True):
-            steps.append(gate * steps[-1] + added)
+        for gate, new in zip(gates.unbind(1), added.unbind(1), strict=True):
+            steps.append(gate * steps[-1] + new)
         return torch.stack(steps[1:], 1), steps[-1]
-    h: Tensor = _LinearRecurrence.apply(gates, (1 - gates) * values, start)  # pyright: ignore
+    h: Tensor = _LinearRecurrence.apply(gates, added, start)  # pyright: ignore
     return h.to(c.dtype), h[:, -1]
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from thrifty.errors import ThriftyError
+from thrifty.ops.documents import opening
 
 #: Tokens that are multiplied at once.
 CHUNK = 256
@@ -19,13 +20,15 @@ def ssd(
     D: Tensor | None = None,
     state: Tensor | None = None,
     chunk: int = CHUNK,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(A dt_t) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t (Mamba-2, arXiv 2405.21060, section 6).
 
     x: [batch, T, heads, p], any T; dt >= 0: [batch, T, heads]; A < 0: [heads]; B, C: [batch, T, groups, n], head h
     reads group h // (heads / groups); D: [heads]; state: [batch, heads, p, n], zeros by default. Returns y
     [batch, T, heads, p] in the dtype of x, and the state after it, float32. A token with dt = 0 leaves the state
-    untouched.
+    untouched. documents: int [batch, T], the document that a token belongs to; where one begins, the state before it is
+    dropped.
 
     Computed in float32. Within `chunk` tokens it is attention with the weights exp(sum of A dt), from chunk to chunk
     the recurrence: T (chunk + p + n) products per head and memory in proportion to T. A single token takes the
@@ -40,7 +43,7 @@ def ssd(
         if T == 1:
             y, h = _step(u, a * step, keys, queries, h)
         else:
-            y, h = _chunked(u, a * step, keys, queries, h, min(chunk, T))
+            y, h = _chunked(u, a * step, keys, queries, h, min(chunk, T), documents)
     if D is not None:
         y = y + D.float()[:, None] * x.float()
     return y.to(x.dtype), h
@@ -53,7 +56,9 @@ def _step(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Te
     return (h * C[:, :, None]).sum(-1)[:, None], h
 
 
-def _chunked(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, h: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+def _chunked(
+    u: Tensor, decay: Tensor, B: Tensor, C: Tensor, h: Tensor, chunk: int, documents: Tensor | None
+) -> tuple[Tensor, Tensor]:
     batch, T, heads, p = u.shape
     groups = B.shape[2]
     short = -T % chunk
@@ -64,14 +69,21 @@ def _chunked(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, h: Tensor, chunk: i
     # In float64: where much was forgotten, differences of sums are small beside the sums.
     sums = decay.double().cumsum(2).permute(0, 1, 3, 4, 2)  # [batch, chunks, groups, heads, chunk]
     # Differences are at most 0 where they are used; elsewhere exp could overflow, and with it the gradient.
-    future = torch.ones(chunk, chunk, dtype=torch.bool, device=u.device).triu(1)
-    weights = (sums[..., :, None] - sums[..., None, :]).float().masked_fill(future, -torch.inf).exp()
+    unseen = torch.ones(chunk, chunk, dtype=torch.bool, device=u.device).triu(1)
+    weights = (sums[..., :, None] - sums[..., None, :]).float()
+    left, kept = (sums[..., -1:] - sums).float(), sums.float()
+    if documents is not None:
+        # Number of documents that began in the chunk so far: the state that a chunk meets is that of none.
+        begun = F.pad(opening(documents).long(), (0, short)).unflatten(1, (-1, chunk)).cumsum(2)[:, :, None, None]
+        unseen = unseen | (begun[..., :, None] != begun[..., None, :])
+        left = left.masked_fill(begun != begun[..., -1:], -torch.inf)
+        kept = kept.masked_fill(begun > 0, -torch.inf)
+    weights = weights.masked_fill(unseen, -torch.inf).exp()
     weights = weights * torch.einsum("bcign,bcjgn->bcgij", C, B)[:, :, :, None]
     y = torch.einsum("bcgrij,bcjgrp->bcigrp", weights, u)
     # What each chunk leaves in the state, and the state that each chunk meets.
-    left = (sums[..., -1:] - sums).float().exp()
-    kept = sums.float().exp()
-    added = torch.einsum("bcgrj,bcjgrp,bcjgn->bcgrpn", left, u, B)
+    kept = kept.exp()
+    added = torch.einsum("bcgrj,bcjgrp,bcjgn->bcgrpn", left.exp(), u, B)
     h = h.unflatten(1, (groups, -1))
     met = []
     for n in range(added.shape[1]):
