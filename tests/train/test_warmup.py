@@ -7,7 +7,8 @@ import torch
 from thrifty.models import BitNetConfig, BitNetForCausalLM
 from thrifty.models.decoder import DecoderLayer
 from thrifty.nn import BitLinear
-from thrifty.train.warmup import CURVES, quantization_share, set_quantization
+from thrifty.train.recipe import CURVES
+from thrifty.train.warmup import quantization_share, set_quantization
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 

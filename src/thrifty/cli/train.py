@@ -20,6 +20,10 @@ thrifty train my-folder/ --steps 2000 --set hidden_size=512
 
 thrifty train --model doge --linear ternary    (dynamic mask attention)
 
+thrifty train notes.txt --recipe continue --from some-dense-model    (into a ternary one)
+
+thrifty train notes.txt --recipe distill --from some-dense-model --teacher some-dense-model
+
 thrifty train --dataset roneneldan/TinyStories --max-minutes 60
 
 Repeat a command that was interrupted, and it goes on from its newest checkpoint. What comes next:
@@ -41,6 +45,13 @@ def main(
     recipe: Annotated[
         str, typer.Option(help="What to do, and how: a name (--recipe list shows them) or a YAML file of your own.")
     ] = "demo",
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", help="A model to go on from, a folder or hub id: dense, latent or packed."),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="A model to learn from, with the same tokenizer: a folder or hub id.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="What it is made of: bitnet, doge, cheems or matmulfree.", show_default="bitnet"),
@@ -116,7 +127,8 @@ def main(
     from thrifty.train.trainer import train
 
     console = Console(stderr=True, soft_wrap=True)
-    result = train(corpus, chosen, folder, resume=resume, max_minutes=max_minutes, console=console)
+    limits = {"resume": resume, "max_minutes": max_minutes}
+    result = train(corpus, chosen, folder, start=from_, teacher=teacher, console=console, **limits)
     score = result.record["bits_per_byte"]
     if score is not None:
         console.print(f"[bold]done[/]    held-out text: {score:.3f} bits per byte")

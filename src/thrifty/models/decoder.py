@@ -71,7 +71,7 @@ def _compiled_layer() -> Callable:
     compiled = torch.compile(DecoderLayer.forward, dynamic=False)
 
     def forward(*args: Any) -> Tensor:
-        with torch._dynamo.config.patch(suppress_errors=True):  # pyright: ignore[reportAttributeAccessIssue]
+        with torch._dynamo.config.patch(suppress_errors=True, skip_nnmodule_hook_guards=False):  # pyright: ignore[reportAttributeAccessIssue]
             return compiled(*args)
 
     return forward

@@ -24,8 +24,8 @@ FAMILIES: dict[str, tuple[Any, type[models.ThriftyForCausalLM]]] = {
 OUTPUTS = ("o_proj.weight", "down_proj.weight")
 
 
-def new_model(shape: Shape, tokenizer: Tokenizer) -> models.ThriftyForCausalLM:
-    """A model of that shape, with the vocabulary of the tokenizer."""
+def new_model(shape: Shape, tokenizer: Tokenizer, end: int | None = None) -> models.ThriftyForCausalLM:
+    """A model of that shape, with the vocabulary of the tokenizer. end: the token between texts, by default `END`."""
     fields: dict[str, Any] = asdict(shape) | {"vocab_size": tokenizer.get_vocab_size()}
     make_config, make_model = FAMILIES[fields.pop("model")]
     rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
@@ -40,7 +40,7 @@ def new_model(shape: Shape, tokenizer: Tokenizer) -> models.ThriftyForCausalLM:
     if make_config is models.CheemsConfig:
         # Few layers have a dynamic mask too, the last one.
         fields["attn_layer_period"] = min(8, fields["num_hidden_layers"])
-    end = tokenizer.token_to_id(END)
+    end = tokenizer.token_to_id(END) if end is None else end
     tokens: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     return make_model(
         make_config(**fields, **tokens, rope_parameters=rope, hidden_act="silu", tie_word_embeddings=True)

@@ -24,6 +24,8 @@ MODELS = {
     "cheems": "SSD, and dynamic mask attention in every eighth layer",
     "matmulfree": "MLGRU, ternary",
 }
+#: Shapes of the rise of quantisation (`thrifty.train.warmup`).
+CURVES = ("linear", "exponential", "sigmoid")
 LINEARS = ("default", "ternary", "binary", "dense")
 #: What can be done with a recipe, and the class of its settings.
 METHODS = {"pretrain": "thrifty.train.recipe:Training"}
@@ -95,8 +97,21 @@ class Training:
     beta2: float = 0.95
     #: Largest norm of the gradient; 0 does not clip.
     clip: float = 0.0
-    #: What the output projections of attention and feed-forward are multiplied by at the start.
+    #: What the output projections of attention and feed-forward of a new model are multiplied by.
     output_scale: float = 0.1
+    #: Share of the run over which quantisation rises from none to all; 0: all of it counts from the first step.
+    quantization_warmup: float = 0.0
+    #: How it rises, a key of `CURVES`, and how steeply where that is no straight line.
+    quantization_curve: str = "linear"
+    quantization_steepness: float = 10.0
+    #: Put norms before the output projections of a start model that has none.
+    insert_sub_norms: bool = False
+    #: What a teacher's distribution of the next token weighs beside the text, and the temperature of both.
+    distill_weight: float = 0.0
+    distill_temperature: float = 1.0
+    #: What relations of tokens weigh, and the layer they are taken of, from the end of both models (-1: the last).
+    relation_weight: float = 0.0
+    relation_layer: int = -1
     #: Compile the layers for training, where there is a C++ compiler: half a minute, then steps in half the time.
     compile: bool = False
     #: Steps between two looks at the held-out text.
@@ -112,8 +127,13 @@ class Training:
         check(self, "be at least 0 and below 1", lambda moment: 0 <= moment < 1, "momentum", "beta1", "beta2")
         shares = ("hold", "floor", "first_stage", "first_floor", "second_rate")
         check(self, "be a share from 0 to 1", lambda share: 0 <= share <= 1, *shares)
-        sizes = ("warmup", "weight_decay", "clip", "output_scale", "seed")
+        sizes = ("warmup", "weight_decay", "clip", "output_scale", "seed", "distill_weight", "relation_weight")
         check(self, "be at least 0 and finite", lambda size: 0 <= size < math.inf, *sizes)
+        check(self, "end before the run does, at a share below 1", lambda share: 0 <= share < 1, "quantization_warmup")
+        check_choice(self, "quantization_curve", CURVES)
+        positive = ("quantization_steepness", "distill_temperature")
+        check(self, "be above 0 and finite", lambda size: 0 < size < math.inf, *positive)
+        check(self, "count layers from the end, -1 for the last", lambda layer: layer < 0, "relation_layer")
         if self.hold > self.first_stage:
             rule = f"[train] hold must end before the first stage does, at {self.first_stage}"
             raise ThriftyError(f"{rule}; got {self.hold}; hold the learning rates for a smaller share")

@@ -28,6 +28,7 @@ from thrifty.train.blocks import PackedBlocks
 from thrifty.train.checkpoints import CHECKPOINTS, checkpoint_to_resume, clear_run, read_record, seal, write_record
 from thrifty.train.corpus import Corpus
 from thrifty.train.curve import plot
+from thrifty.train.distillation import Distillation, load_teacher
 from thrifty.train.divergence import check_loss, check_weights
 from thrifty.train.evaluate import bits_per_byte
 from thrifty.train.event_files import event_files
@@ -35,10 +36,14 @@ from thrifty.train.initial import initialize, new_model
 from thrifty.train.optimizer import Schedule, build_optimizer
 from thrifty.train.progress import ProgressBar
 from thrifty.train.recipe import Recipe, Training
-from thrifty.train.tokenizer import END, save_tokenizer, train_tokenizer
+from thrifty.train.start import Given, copy_texts, fit_sub_norms, load_start, low_bit_model, open_given
+from thrifty.train.tokenizer import save_tokenizer, train_tokenizer
+from thrifty.train.warmup import QuantizationWarmup
 
 #: Held-out sequences looked at while training; the whole held-out text is scored at the end.
 GLANCE = 16
+#: Sequences on which inserted norms are fitted.
+SAMPLE = 8
 #: Documents that the tokenizer gets at once.
 ENCODED_TOGETHER = 32
 
@@ -59,9 +64,16 @@ class CausalTrainer(Trainer):
     """The Trainer with this package's optimizer and schedule, and a sentence when a checkpoint cannot be written."""
 
     def __init__(
-        self, *, model: PreTrainedModel, training: Training, tokenizer: Tokenizer, since: float, **kwargs: Any
+        self,
+        *,
+        model: PreTrainedModel,
+        training: Training,
+        tokenizer: Tokenizer,
+        since: float,
+        distillation: Distillation | None = None,
+        **kwargs: Any,
     ):
-        self.latent, self.training, self.tokenizer = model, training, tokenizer
+        self.latent, self.training, self.tokenizer, self.distillation = model, training, tokenizer, distillation
         #: When the seconds not logged yet began.
         self.since = since
         super().__init__(model=model, **kwargs)
@@ -77,8 +89,21 @@ class CausalTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss on the text and, in training, what a teacher adds to it."""
+        if self.distillation is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs: Any
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # The text's loss is scaled so where its tokens are counted on all devices.
+        scale = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        loss = loss + scale * self.distillation.loss(inputs, outputs.logits, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log with the seconds the run has taken; a resumed run counts on from its checkpoint."""
+        if self.distillation is not None and "loss" in logs:
+            logs |= self.distillation.report(self.args.gradient_accumulation_steps)
         now = time.perf_counter()
         logs["seconds"] = seconds_of(self.state.log_history) + now - self.since
         self.since = now
@@ -115,11 +140,16 @@ def train(
     recipe: Recipe,
     output: Path,
     *,
+    start: str | Path | None = None,
+    teacher: str | Path | None = None,
     resume: bool | None = None,
     max_minutes: float | None = None,
     console: Console | None = None,
 ) -> TrainingResult:
     """Train the recipe's model on the corpus and leave it in `output`.
+
+    start: a folder or hub id of a model to go on from instead, which keeps its tokenizer; dense linears become ternary,
+    packed ones trainable. teacher: of one to learn from, with the same tokenizer.
 
     `output` gets the model with its latent weights, the tokenizer, `training.json` (settings, text, versions, bits per
     byte), `loss.png`, TensorBoard's `logs/` and resumable `checkpoints/`. A folder that already holds checkpoints of
@@ -131,15 +161,12 @@ def train(
     Errors: an empty or too short text, a folder that holds another run, a damaged checkpoint, a full disk.
     """
     console = console or Console(stderr=True)
-    if recipe.shape is None:
-        rule = f"[train] a recipe must have a shape for a new model; {recipe.name} has none"
-        raise ThriftyError(f"{rule}; choose another, as --recipe list shows them")
+    given = open_given(start, teacher, recipe.training)
     settings = {"recipe": asdict(recipe), "corpus": corpus.record(), "max_minutes": max_minutes}
+    settings |= {"start": start and str(start), "teacher": teacher and str(teacher)}
     checkpoint = checkpoint_to_resume(output, settings, resume)
-    tokenizer = _tokenizer(corpus, recipe.shape.vocab_size, output if checkpoint else None)
     set_seed(recipe.training.seed)
-    model = new_model(recipe.shape, tokenizer)
-    initialize(model, recipe.training)
+    model, tokenizer, original = _model(corpus, recipe, given, output if checkpoint else None)
     compiled = recipe.training.compile and can_compile()
     if compiled:
         model.compile_layers()
@@ -148,25 +175,37 @@ def train(
     _greet(console, corpus, recipe, training, model, output, checkpoint)
     if compiled:
         console.print("        the first step takes half a minute: the layers are compiled")
-    blocks, glance, scale = _blocks(corpus, training, tokenizer)
+    blocks, glance, scale = _blocks(corpus, training, tokenizer, int(model.config.bos_token_id or 0))
+    distillation = _distillation(console, model, given, training)
     # Everything fits: only now is the folder touched.
     if checkpoint is None:
         clear_run(output, fresh=resume is False)
-    save_tokenizer(tokenizer, output, model.config.max_position_embeddings)
+        if original is not None:
+            sample = [blocks[i]["input_ids"] for i in range(min(len(blocks), SAMPLE))]
+            fit_sub_norms(model, original, torch.stack(sample).to(model.device))
+    # It shares its tensors with the model that is trained.
+    del original
+    if given.folder is None:
+        save_tokenizer(tokenizer, output, model.config.max_position_embeddings)
+    else:
+        copy_texts(given.folder, output)
     write_record(output, {"settings": settings, "finished": False, "steps": training.steps})
     with quiet(), event_files(output / "logs") as events, ProgressBar(console, scale) as bar:
         trainer = CausalTrainer(
             training=training,
             tokenizer=tokenizer,
             since=started,
+            distillation=distillation,
             model=model,
             args=_arguments(training, output, glance is not None),
             train_dataset=blocks,
             eval_dataset=glance,
-            callbacks=[bar, events],
+            callbacks=[QuantizationWarmup(model, training), bar, events],
         )
         trainer.remove_callback(PrinterCallback)
         _run(trainer, checkpoint)
+    if distillation is not None:
+        distillation.close()
     # The trainer wraps the model's forward in autocast; what it leaves computes as the saved model does.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     with quiet():
@@ -213,16 +252,46 @@ def versions() -> dict[str, str]:
     }
 
 
-def _tokenizer(corpus: Corpus, vocab_size: int, resumed: Path | None) -> Tokenizer:
-    """The tokenizer of the run that is resumed, or one of the text."""
-    if resumed is not None and (resumed / "tokenizer.json").exists():
-        return Tokenizer.from_file(str(resumed / "tokenizer.json"))
-    texts = (text for part in corpus.parts for _ in range(part.vocabulary_weight) for text in part.documents)
-    return train_tokenizer(texts, vocab_size)
+def _model(
+    corpus: Corpus, recipe: Recipe, given: Given, resumed: Path | None
+) -> tuple[ThriftyForCausalLM, Tokenizer, ThriftyForCausalLM | None]:
+    """The model to train, its tokenizer, and what it was made of where that was another model.
+
+    A resumed run has the tokenizer it had.
+    """
+    if given.start is not None and given.tokenizer is not None:
+        with quiet():
+            original = load_start(given.start, given.begin_token())
+        return low_bit_model(original, recipe.training.insert_sub_norms), given.tokenizer, original
+    if recipe.shape is None:
+        rule = f"[train] a recipe must have a shape for a new model; {recipe.name} has none"
+        raise ThriftyError(f"{rule}; give a model to go on from by --from, or choose another (--recipe list)")
+    tokenizer = given.tokenizer
+    if tokenizer is None and resumed is not None and (resumed / "tokenizer.json").exists():
+        tokenizer = Tokenizer.from_file(str(resumed / "tokenizer.json"))
+    if tokenizer is None:
+        texts = (text for part in corpus.parts for _ in range(part.vocabulary_weight) for text in part.documents)
+        tokenizer = train_tokenizer(texts, recipe.shape.vocab_size)
+    model = new_model(recipe.shape, tokenizer, given.begin_token())
+    initialize(model, recipe.training)
+    return model, tokenizer, None
+
+
+def _distillation(console: Console, model: PreTrainedModel, given: Given, training: Training) -> Distillation | None:
+    """What the teacher adds to the loss, if there is one."""
+    if given.teacher is None:
+        return None
+    with quiet():
+        teacher: Any = load_teacher(given.teacher, has_fast_bf16())
+    distillation = Distillation(model, teacher, training, has_fast_bf16())
+    console.print(f"[bold]teacher[/] {given.teacher}: {teacher.num_parameters() / 1e6:.2f} M parameters")
+    if distillation.why_no_relations is not None:
+        console.print(f"        its logits alone: {distillation.why_no_relations}")
+    return distillation
 
 
 def _blocks(
-    corpus: Corpus, training: Training, tokenizer: Tokenizer
+    corpus: Corpus, training: Training, tokenizer: Tokenizer, begin: int
 ) -> tuple[PackedBlocks, PackedBlocks | None, float]:
     """Training blocks, held-out blocks, and the factor from nats per held-out token to bits per byte."""
     mixture = corpus.mixture or ((0.0, {part.name: float(part.size) for part in corpus.parts}),)
@@ -231,28 +300,29 @@ def _blocks(
     for part in corpus.parts:
         share = max(shares.get(part.name, 0.0) / sum(shares.values()) for _, shares in mixture)
         order = np.random.default_rng(training.seed).permutation(len(part.documents))
-        streams[part.name] = encode(tokenizer, [part.documents[i] for i in order], most=int(share * count * length))
+        documents = [part.documents[i] for i in order]
+        streams[part.name] = encode(tokenizer, documents, begin, most=int(share * count * length))
     blocks = PackedBlocks(streams, mixture, length, count, training.seed)
-    heldout = encode(tokenizer, [corpus.heldout])
+    heldout = encode(tokenizer, [corpus.heldout], begin)
     pieces = min(GLANCE, len(heldout) // length)
     glance = PackedBlocks({"heldout": heldout}, ((0.0, {"heldout": 1.0}),), length, pieces, 0) if pieces else None
     scale = len(heldout) / (max(len(corpus.heldout.encode()), 1) * math.log(2))
     return blocks, glance, scale
 
 
-def encode(tokenizer: Tokenizer, documents: Sequence[str], most: int | None = None) -> np.ndarray:
-    """The documents' tokens in one stream, int32, an end token before each document.
+def encode(tokenizer: Tokenizer, documents: Sequence[str], begin: int, most: int | None = None) -> np.ndarray:
+    """The documents' tokens in one stream, int32, the token `begin` before each document.
 
     Documents after the one that reaches `most` tokens are left out: a run that reads no more need not wait for them.
     """
-    end = np.array([tokenizer.token_to_id(END)], np.int32)
+    first_token = np.array([begin], np.int32)
     stream = [np.empty(0, np.int32)]
     size = 0
     for first in range(0, len(documents), ENCODED_TOGETHER):
         if most is not None and size >= most:
             break
         for encoding in tokenizer.encode_batch(documents[first : first + ENCODED_TOGETHER], add_special_tokens=False):
-            stream += [end, np.array(encoding.ids, np.int32)]
+            stream += [first_token, np.array(encoding.ids, np.int32)]
             size += 1 + len(encoding.ids)
     return np.concatenate(stream)
 

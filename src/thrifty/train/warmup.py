@@ -8,16 +8,14 @@ from torch import nn
 from transformers import TrainerCallback
 
 from thrifty.nn import BitLinear
-
-#: Shapes of the rise from 0 to 1, over the progress t of the warm-up and a steepness k.
-CURVES = ("linear", "exponential", "sigmoid")
+from thrifty.train.recipe import Training
 
 
 def quantization_share(progress: float, curve: str = "linear", steepness: float = 10.0) -> float:
     """lambda at progress t, 1 from t = 1 on: t; 1 - (1 - t)^k; or sigmoid(k (t - 1/2)), scaled to begin at 0, end at 1.
 
-    curve: one of `CURVES`; steepness: k, which a straight line ignores. HF's "Fine-tuning LLMs to 1.58bit" (2024),
-    section "Warm-up quantization", tried the three, with k from 4 to 10 and from 15 to 100.
+    curve: one of `thrifty.train.recipe.CURVES`; steepness: k, which a straight line ignores. HF's "Fine-tuning LLMs to
+    1.58bit" (2024), section "Warm-up quantization", tried the three, with k from 4 to 10 and from 15 to 100.
     """
     t = min(max(progress, 0.0), 1.0)
     if t in (0.0, 1.0) or curve == "linear":
@@ -53,9 +51,8 @@ class QuantizationWarmup(TrainerCallback):
     the model as it is trained.
     """
 
-    def __init__(self, model: nn.Module, share_of_run: float, curve: str, steepness: float) -> None:
-        self.model, self.share_of_run = model, share_of_run
-        self.curve, self.steepness = curve, steepness
+    def __init__(self, model: nn.Module, training: Training) -> None:
+        self.model, self.training = model, training
         self.share = 1.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -74,6 +71,8 @@ class QuantizationWarmup(TrainerCallback):
         set_quantization(self.model, 1.0)
 
     def _set(self, state) -> None:
-        steps = self.share_of_run * state.max_steps
-        self.share = quantization_share(state.global_step / steps, self.curve, self.steepness) if steps else 1.0
+        training = self.training
+        steps = training.quantization_warmup * training.steps
+        progress = state.global_step / steps if steps else 1.0
+        self.share = quantization_share(progress, training.quantization_curve, training.quantization_steepness)
         set_quantization(self.model, self.share)
