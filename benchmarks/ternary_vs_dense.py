@@ -5,8 +5,8 @@
 Corpora are the given files or folders and, first, the built-in text; the model is that of the recipe `bytes`. Each
 arm's learning rate is picked on the first given corpus, in runs of `--pick-steps`, from three or, where the best is the
 first or last of them, more; then every corpus is trained on with every seed. Which bytes are read in which order
-depends on corpus and seed, not on the arm. Runs are commands of `thrifty train`, `--jobs` at a time, each in a folder: a
-repeated command goes on where it stopped. The last line is the mean gap in bits per byte, with its standard deviation.
+depends on corpus and seed, not on the arm. Runs are commands of `thrifty train`, `--jobs` at a time, each in a folder;
+a repeated command goes on where it stopped. The last line is the mean gap in bits per byte and its deviation.
 """
 
 import argparse
