@@ -1,5 +1,7 @@
 """Adapters beside packed layers: the function, its gradients, and the way back into two bits."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,13 +10,13 @@ from thrifty.errors import ThriftyError
 
 peft = pytest.importorskip("peft")
 from thrifty.nn import lora  # noqa: E402
-from thrifty.nn.linear import normalize  # noqa: E402
+from thrifty.nn.linear import Norm, normalize  # noqa: E402
 
 
 class Network(torch.nn.Module):
     """Low-bit layers under names that targets go by, and a dense one."""
 
-    def __init__(self, norm: nn.linear.Norm = None, weight: ops.Kind = "ternary") -> None:
+    def __init__(self, norm: Norm = None, weight: ops.Kind = "ternary") -> None:
         super().__init__()
         self.up_proj = nn.BitLinear(63, 257, weight=weight, norm=norm)
         self.down_proj = nn.BitLinear(257, 63, False, weight=weight, norm=norm)
@@ -24,7 +26,7 @@ class Network(torch.nn.Module):
         return self.dt_proj(self.down_proj(torch.relu(self.up_proj(x))))
 
 
-def adapted(model: torch.nn.Module, filled: bool = True, **options) -> peft.PeftModel:
+def adapted(model: torch.nn.Module, filled: bool = True, **options) -> Any:
     config = lora.adapter_config(model, 4, 8, **options)
     config.task_type = None
     model = peft.get_peft_model(model, config)
@@ -38,7 +40,7 @@ def adapted(model: torch.nn.Module, filled: bool = True, **options) -> peft.Peft
 @pytest.mark.parametrize("norm", ["rms", "layer", None])
 def test_output_and_gradients_are_those_of_a_dense_adapter(norm, weight):
     torch.manual_seed(0)
-    packed = nn.pack(nn.BitLinear(63, 257, weight=weight, norm=norm))
+    packed: Any = nn.pack(nn.BitLinear(63, 257, weight=weight, norm=norm))
     model = adapted(torch.nn.ModuleDict({"up_proj": packed, "dt_proj": torch.nn.Linear(1, 1)}))
     layer = model.get_submodule("base_model.model.up_proj")
     a, b = (layer.get_submodule(f"lora_{name}.default").weight for name in "AB")
@@ -60,12 +62,14 @@ def test_output_and_gradients_are_those_of_a_dense_adapter(norm, weight):
 
 
 def test_gradients_flow_in_half_precision_and_through_wide_layers():
-    layer = nn.pack(nn.BitLinear(1030, 2050, norm="rms"))
+    layer: Any = nn.pack(nn.BitLinear(1030, 2050, norm="rms"))
     x = torch.randn(3, 1030, dtype=torch.bfloat16, requires_grad=True)
     exact = x.detach().float().requires_grad_()
     g = torch.randn(3, 2050).bfloat16()
     layer(x).backward(g)
     ops.rms_norm(exact).backward(g.float() @ (layer.codes() * layer.weight_scale.float()))
+    assert x.grad is not None
+    assert exact.grad is not None
     assert x.grad.dtype == torch.bfloat16
     torch.testing.assert_close(x.grad.float(), exact.grad, rtol=2e-2, atol=2e-2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -98,6 +102,7 @@ def test_merging_takes_the_nearest_codes_and_reports_what_is_lost(weight):
     codes, scale = merged.down_proj.codes(), merged.down_proj.weight_scale.float()
     report = next(layer for layer in layers if layer.name == "down_proj")
     assert isinstance(merged.down_proj, nn.PackedBitLinear)
+    assert report.flipped is not None
     assert 0 < report.flipped < 1
     assert report.flipped == pytest.approx((codes != before).float().mean().item())
     assert report.error == pytest.approx(((codes * scale - wanted).norm() / wanted.norm()).item(), rel=1e-3)

@@ -9,6 +9,7 @@ from thrifty.errors import ThriftyError
 
 if TYPE_CHECKING:
     from thrifty.train.corpus import Corpus
+    from thrifty.train.recipe import Recipe
 
 EPILOG = """Examples:
 
@@ -25,6 +26,8 @@ thrifty train notes.txt --recipe continue --from some-dense-model    (into a ter
 thrifty train notes.txt --recipe distill --from some-dense-model --teacher some-dense-model
 
 thrifty train --dataset roneneldan/TinyStories --max-minutes 60
+
+thrifty train talks.jsonl --recipe sft --from runs/notes    (or dpo, or lora: adapters beside packed layers)
 
 Repeat a command that was interrupted, and it goes on from its newest checkpoint. What comes next:
 thrifty pack runs/notes runs/notes-packed
@@ -120,6 +123,9 @@ def main(
     }
     # All at once: some fields only fit together.
     chosen = find_recipe(recipe).override(**options | _fields(set_ or []))
+    if chosen.method != "pretrain":
+        _tune(text, dataset, from_, chosen, output, heldout, resume, max_minutes)
+        return
     corpus, name = _corpus(text, dataset, dataset_config, column, heldout)
     folder = output or Path("runs") / name
     from rich.console import Console
@@ -132,6 +138,38 @@ def main(
     score = result.record["bits_per_byte"]
     if score is not None:
         console.print(f"[bold]done[/]    held-out text: {score:.3f} bits per byte")
+    console.print(f"[bold]curve[/]   {folder / 'loss.png'}")
+    console.print(f"[bold]next[/]    thrifty pack {folder} {folder}-packed")
+    typer.echo(folder)
+
+
+def _tune(
+    text: Path | None,
+    dataset: str | None,
+    start: str | None,
+    recipe: "Recipe",
+    output: Path | None,
+    heldout: float,
+    resume: bool | None,
+    max_minutes: float | None,
+) -> None:
+    """Tune a model that is there, by the methods that need rows of answers."""
+    data = [source for source in (text, dataset) if source is not None]
+    if start is None or not data:
+        rule = f"[train] the recipe {recipe.name} tunes a model on rows; got no {'--from' if data else 'data'}"
+        raise ThriftyError(f"{rule}; thrifty train talks.jsonl --recipe {recipe.name} --from FOLDER")
+    if max_minutes is not None:
+        raise ThriftyError(f"[train] --max-minutes is for new models; got it with {recipe.name}; give --steps")
+    folder = output or Path("runs") / f"{Path(data[0]).stem}-{recipe.name}"
+    from rich.console import Console
+
+    from thrifty.train.tuning import tune
+
+    console = Console(stderr=True, soft_wrap=True)
+    result = tune(start, data, recipe, folder, heldout=heldout, resume=resume, console=console)
+    scores = ", ".join(f"{name} {score:.3f}" for name, score in result.record["heldout"].items())
+    if scores:
+        console.print(f"[bold]done[/]    held-out rows: {scores}")
     console.print(f"[bold]curve[/]   {folder / 'loss.png'}")
     console.print(f"[bold]next[/]    thrifty pack {folder} {folder}-packed")
     typer.echo(folder)

@@ -1,5 +1,6 @@
 """Low-rank adapters beside packed layers, on peft, and their way back into two bits a weight."""
 
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,10 @@ def load_adapter(model: Any, folder: str | Path, trainable: bool = False) -> pef
     It is `PeftModel.from_pretrained` with a configuration that knows packed layers.
     """
     config = knowing_packed_layers(peft.PeftConfig.from_pretrained(str(folder)))
-    return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+    with warnings.catch_warnings():
+        # What peft calls in transformers has newer names.
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
 
 
 def merge_adapter(model: peft.PeftModel) -> tuple[Any, list[MergedLayer]]:

@@ -28,7 +28,11 @@ MODELS = {
 CURVES = ("linear", "exponential", "sigmoid")
 LINEARS = ("default", "ternary", "binary", "dense")
 #: What can be done with a recipe, and the class of its settings.
-METHODS = {"pretrain": "thrifty.train.recipe:Training"}
+METHODS = {
+    "pretrain": "thrifty.train.recipe:Training",
+    "sft": "thrifty.train.recipe:Tuning",
+    "dpo": "thrifty.train.recipe:Tuning",
+}
 #: Recipes that come with the package.
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -140,6 +144,54 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """How a model that is there is tuned: on answers (sft), or on which of two answers is preferred (dpo)."""
+
+    #: Rows in a step.
+    batch_size: int
+    #: Tokens in a row; what is longer is cut.
+    sequence_length: int
+    #: Times that the rows are read, and, where it is not 0, the number of optimizer steps instead.
+    epochs: float = 1.0
+    steps: int = 0
+    #: Largest learning rate of AdamW; it falls to zero along a cosine.
+    learning_rate: float = 2e-5
+    #: Steps over which it rises from zero.
+    warmup: int = 10
+    #: Decoupled weight decay.
+    weight_decay: float = 0.0
+    #: Largest norm of the gradient; 0 does not clip.
+    clip: float = 1.0
+    #: dpo: how much a change of the model counts as preference, and so how far it moves (arXiv 2305.18290, eq. 7).
+    beta: float = 0.1
+    #: sft: put several short rows into one sequence, where none sees another.
+    packing: bool = False
+    #: Rank of low-rank adapters beside packed layers, which are trained instead of the weights; 0 trains the weights.
+    lora_rank: int = 0
+    #: What adapters are multiplied by, times their rank.
+    lora_alpha: float = 32.0
+    #: Share of an adapter's inputs that is dropped.
+    lora_dropout: float = 0.0
+    #: Layers with adapters, by the last parts of their names, with commas between; all: all linear ones.
+    lora_targets: str = "all"
+    #: Recompute activations in the backward: less memory, a third more time.
+    gradient_checkpointing: bool = False
+    #: Steps between two looks at the held-out rows.
+    eval_every: int = 50
+    #: Steps between two checkpoints.
+    save_every: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, "be at least 1", lambda n: n >= 1, "batch_size", "sequence_length", "eval_every", "save_every")
+        check(self, "lie between 0 and 1", lambda rate: 0 < rate < 1, "learning_rate")
+        check(self, "be at least 0 and below 1", lambda share: 0 <= share < 1, "lora_dropout")
+        check(self, "be above 0 and finite", lambda size: 0 < size < math.inf, "epochs", "beta", "lora_alpha")
+        sizes = ("steps", "warmup", "weight_decay", "clip", "lora_rank", "seed")
+        check(self, "be at least 0 and finite", lambda size: 0 <= size < math.inf, *sizes)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A method with its settings, and the shape of the model where the method makes one."""
 
@@ -148,7 +200,8 @@ class Recipe:
     method: str
     #: None where the model is given.
     shape: Shape | None
-    training: Training
+    #: A `Training` or a `Tuning`, as the method has it.
+    training: Any
 
     def __post_init__(self) -> None:
         if self.shape is not None and self.training.sequence_length > self.shape.max_position_embeddings:
