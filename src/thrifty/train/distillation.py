@@ -164,12 +164,12 @@ class _KL(torch.autograd.Function):
             ours = (student[rows].float() / temperature).log_softmax(-1)
             theirs = (teacher[rows].float() / temperature).log_softmax(-1)
             total += (F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1) * kept[rows]).sum()
-        return total * temperature**2 / kept.sum()
+        return total * temperature**2 / kept.sum().clamp(min=1)
 
     @staticmethod
     def backward(ctx, grad):
         student, teacher, kept = ctx.saved_tensors
-        scale = grad * ctx.temperature * kept / kept.sum()
+        scale = grad * ctx.temperature * kept / kept.sum().clamp(min=1)
         result = torch.empty_like(student)
         for rows in _chunks(student):
             ours = (student[rows].float() / ctx.temperature).softmax(-1)

@@ -171,12 +171,18 @@ def train(
     if compiled:
         model.compile_layers()
     started = time.perf_counter()
-    training = _in_time(model, recipe.training, max_minutes, read_record(output) if checkpoint else {})
+    guide = _teacher(given)
+    training = _in_time(model, guide, recipe.training, max_minutes, read_record(output) if checkpoint else {})
     _greet(console, corpus, recipe, training, model, output, checkpoint)
     if compiled:
         console.print("        the first step takes half a minute: the layers are compiled")
     blocks, glance, scale = _blocks(corpus, training, tokenizer, int(model.config.bos_token_id or 0))
-    distillation = _distillation(console, model, given, training)
+    distillation = None
+    if guide is not None:
+        console.print(f"[bold]teacher[/] {given.teacher}: {guide.num_parameters() / 1e6:.2f} M parameters")
+        distillation = Distillation(model, guide, training, has_fast_bf16())
+        if distillation.why_no_relations is not None:
+            console.print(f"        its logits alone: {distillation.why_no_relations}")
     # Everything fits: only now is the folder touched.
     if checkpoint is None:
         clear_run(output, fresh=resume is False)
@@ -277,17 +283,12 @@ def _model(
     return model, tokenizer, None
 
 
-def _distillation(console: Console, model: PreTrainedModel, given: Given, training: Training) -> Distillation | None:
-    """What the teacher adds to the loss, if there is one."""
+def _teacher(given: Given) -> PreTrainedModel | None:
+    """The model to learn from, if there is one."""
     if given.teacher is None:
         return None
     with quiet():
-        teacher: Any = load_teacher(given.teacher, has_fast_bf16())
-    distillation = Distillation(model, teacher, training, has_fast_bf16())
-    console.print(f"[bold]teacher[/] {given.teacher}: {teacher.num_parameters() / 1e6:.2f} M parameters")
-    if distillation.why_no_relations is not None:
-        console.print(f"        its logits alone: {distillation.why_no_relations}")
-    return distillation
+        return load_teacher(given.teacher, has_fast_bf16())
 
 
 def _blocks(
@@ -360,7 +361,13 @@ def has_fast_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _in_time(model: PreTrainedModel, training: Training, max_minutes: float | None, before: dict[str, Any]) -> Training:
+def _in_time(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    training: Training,
+    max_minutes: float | None,
+    before: dict[str, Any],
+) -> Training:
     """The settings with as many of their steps as `max_minutes` allow; a resumed run keeps the number it had."""
     if max_minutes is None:
         return training
@@ -369,13 +376,15 @@ def _in_time(model: PreTrainedModel, training: Training, max_minutes: float | No
     started = time.perf_counter()
     fitting = before.get("steps")
     if fitting is None:
-        step = seconds_per_step(model, training)
+        step = seconds_per_step(model, training, teacher)
         fitting = int((max_minutes * 60 - (time.perf_counter() - started)) / step)
     return replace(training, steps=max(1, min(training.steps, fitting)))
 
 
-def seconds_per_step(model: PreTrainedModel, training: Training, count: int = 3) -> float:
-    """Time of a training step on a copy of the model: the median of `count` after one to warm up."""
+def seconds_per_step(
+    model: PreTrainedModel, training: Training, teacher: PreTrainedModel | None = None, count: int = 3
+) -> float:
+    """Time of a step on a copy of the model, with the teacher's part: the median of `count` after one to warm up."""
     copy = deepcopy(model)
     optimizer = build_optimizer(copy, training)
     size = (training.batch_size, training.sequence_length)
@@ -385,6 +394,8 @@ def seconds_per_step(model: PreTrainedModel, training: Training, count: int = 3)
         start = time.perf_counter()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
             loss = copy(input_ids=tokens, labels=tokens).loss
+            if teacher is not None:
+                teacher(input_ids=tokens, use_cache=False)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
