@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "Continue a prompt with a packed model.",
     "chat": "Talk with a packed model in the terminal.",
     "eval": "Say how well models know a text, and what they score on tasks.",
+    "report": "Write the page about a run: losses, rates, codes by layer, samples.",
     "bench": "Measure decode, prompts, memory and load beside what the machine could do at best.",
     "info": "Show versions, native code paths, installed extras, and what a model is made of.",
     "demo": "Train, pack and run a small model on the built-in text, and show what was gained.",

@@ -28,6 +28,7 @@ from thrifty.train.blocks import PackedBlocks
 from thrifty.train.checkpoints import CHECKPOINTS, checkpoint_to_resume, clear_run, read_record, seal, write_record
 from thrifty.train.corpus import Corpus
 from thrifty.train.curve import plot
+from thrifty.train.diagnostics import Diagnostics
 from thrifty.train.distillation import Distillation, load_teacher
 from thrifty.train.divergence import check_loss, check_weights
 from thrifty.train.evaluate import bits_per_byte
@@ -36,6 +37,7 @@ from thrifty.train.initial import initialize, new_model
 from thrifty.train.optimizer import Schedule, build_optimizer
 from thrifty.train.progress import ProgressBar
 from thrifty.train.recipe import Recipe, Training
+from thrifty.train.report import Report
 from thrifty.train.start import Given, copy_texts, fit_sub_norms, load_start, low_bit_model, open_given
 from thrifty.train.tokenizer import save_tokenizer, train_tokenizer
 from thrifty.train.warmup import QuantizationWarmup
@@ -196,6 +198,8 @@ def train(
     else:
         copy_texts(given.folder, output)
     write_record(output, {"settings": settings, "finished": False, "steps": training.steps})
+    diagnostics = Diagnostics(tokenizer, glance, training, scale)
+    report = Report(output, console)
     with quiet(), event_files(output / "logs") as events, ProgressBar(console, scale) as bar:
         trainer = CausalTrainer(
             training=training,
@@ -206,7 +210,7 @@ def train(
             args=_arguments(training, output, glance is not None),
             train_dataset=blocks,
             eval_dataset=glance,
-            callbacks=[QuantizationWarmup(model, training), bar, events],
+            callbacks=[QuantizationWarmup(model, training), diagnostics, bar, events, report],
         )
         trainer.remove_callback(PrinterCallback)
         _run(trainer, checkpoint)
@@ -230,6 +234,7 @@ def train(
         "versions": versions(),
     }
     write_record(output, record)
+    report.write(history)
     return TrainingResult(model, tokenizer, history, record)
 
 
