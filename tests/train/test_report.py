@@ -1,5 +1,6 @@
 import base64
 import errno
+import io
 import json
 import math
 import os
@@ -141,7 +142,7 @@ def test_a_heat_map_has_a_pixel_for_each_layer_and_look(tree):
         assert picture.startswith(b"\x89PNG")
         assert [int.from_bytes(picture[i : i + 4]) for i in (16, 20)] == [4, 3]
     image = pytest.importorskip("PIL.Image")
-    pixels = image.open(__import__("io").BytesIO(zeros)).load()
+    pixels = image.open(io.BytesIO(zeros)).load()
     assert pixels[0, 0] == (*charts.RAMP[0], 255)
     assert pixels[3, 2] == (*charts.RAMP[-1], 255)
     assert pixels[0, 1] == pixels[3, 1]
@@ -161,6 +162,13 @@ def test_any_log_makes_a_page(log):
     tree = Tree(page("a & b", {}, log))
     assert "a & b" in tree.sections[""]
     assert all("nan" not in str(value) for _, attributes in tree.tags for value in attributes.values())
+
+
+def test_a_teacher_has_a_chart_and_is_named():
+    record = {"settings": {"start": "runs/dense", "teacher": "runs/large"}}
+    tree = Tree(page("x", record, [{"step": 1, "loss": 2.0, "teacher_loss": 0.5, "relation_loss": 0.25}]))
+    assert "attention relations 0.25" in " ".join(tree.sections["Loss by the teacher"].split())
+    assert "start runs/dense teacher runs/large" in " ".join(tree.sections["Data and versions"].split())
 
 
 def test_a_page_of_one_loss_says_its_unit():

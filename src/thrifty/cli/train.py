@@ -139,6 +139,7 @@ def main(
     if score is not None:
         console.print(f"[bold]done[/]    held-out text: {score:.3f} bits per byte")
     console.print(f"[bold]curve[/]   {folder / 'loss.png'}")
+    console.print(f"[bold]report[/]  {folder / 'report.html'}")
     console.print(f"[bold]next[/]    thrifty pack {folder} {folder}-packed")
     typer.echo(folder)
 

@@ -37,8 +37,8 @@ class Diagnostics(TrainerCallback):
     def __init__(self, tokenizer: Tokenizer, heldout: Any, training: Training, nats_to_bits_per_byte: float) -> None:
         """heldout: blocks of held-out tokens, whose beginnings are the prompts, or None."""
         self.tokenizer, self.training, self.scale = tokenizer, training, nats_to_bits_per_byte
-        count = 0 if heldout is None else len(heldout)
-        self.prompts = [heldout[i]["input_ids"][:PROMPT].tolist() for i in sorted({0, count // 2}) if i < count]
+        blocks = [] if heldout is None else [heldout[i] for i in sorted({0, len(heldout) // 2})]
+        self.prompts = [block["input_ids"][:PROMPT].tolist() for block in blocks]
         self.codes: dict[str, Tensor] = {}
         self.found: dict[str, float | str] = {}
         self.rates: dict[str, float] = {}
@@ -54,7 +54,7 @@ class Diagnostics(TrainerCallback):
         groups = [] if optimizer is None else optimizer.param_groups
         self.rates = {"adam_learning_rate": float(groups[-1]["lr"])} if len(groups) > 1 else {}
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, model: Any = None, **kwargs):
         interval = look_interval(state.max_steps, self.training.save_every)
         if control.should_log and torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -69,7 +69,7 @@ class Diagnostics(TrainerCallback):
             self.found |= self._samples(model)
             control.should_log = True
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs: Any = None, **kwargs):
         found: dict[str, float | str] = {}
         if "eval_loss" in logs:
             found["eval_bits_per_byte"] = logs["eval_loss"] * self.scale

@@ -76,19 +76,26 @@ def write_report(output: Path, history: Sequence[Entry] | None = None) -> Path:
     Returns its path. Raises ThriftyError where there is no run, or the page cannot be written.
     """
     if history is None:
-        checkpoint = newest_checkpoint(output)
-        if checkpoint is None:
-            rule = f"[report] a run must have a checkpoint, which holds its history; {output} has none"
-            raise ThriftyError(f"{rule}; give the folder of a run of `thrifty train`")
-        history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        history = read_history(output)
     with atomic_file(output / REPORT, "w") as file:
         file.write(page(output.resolve().name, read_record(output), history))
     return output / REPORT
 
 
+def read_history(output: Path) -> list[Entry]:
+    """The log history in the newest checkpoint of a run. Raises ThriftyError where there is none."""
+    checkpoint = newest_checkpoint(output)
+    if checkpoint is None:
+        rule = f"[report] a run must have a checkpoint, which holds its history; {output} has none"
+        raise ThriftyError(f"{rule}; give the folder of a run of `thrifty train`")
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
 def page(name: str, record: Mapping[str, Any], history: Sequence[Entry]) -> str:
     """The HTML of a run called `name`, of what `training.json` says of it and of its log history."""
     settings = record.get("settings", {})
+    models = {key: settings[key] for key in ("start", "teacher") if settings.get(key)}
+    data = models | _flat(settings.get("corpus", {}))
     body = [
         f"<h1>{escape(name)}</h1>",
         f'<p class="soft">{escape(_recipe_line(settings))}</p>',
@@ -97,7 +104,7 @@ def page(name: str, record: Mapping[str, Any], history: Sequence[Entry]) -> str:
         *_charts(history),
         _section("Samples over time", _samples(history), wide=True),
         _section("Settings", _table(_flat(settings.get("recipe", {})))),
-        _section("Data and versions", _table(_flat(settings.get("corpus", {})) | _flat(record.get("versions", {})))),
+        _section("Data and versions", _table(data | _flat(record.get("versions", {})))),
         "</main>",
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(name)}</title>'
@@ -146,8 +153,9 @@ def _charts(history: Sequence[Entry]) -> list[str]:
     shares = lines([one("λ", "lambda")], "share of quantisation") if _series(history, "lambda")[0] else ""
     rates = [one("matrices", "learning_rate"), one("others (Adam)", "adam_learning_rate")]
     zeros, flipped = (_layers(history, kind) for kind in ("zeros", "flipped"))
-    found = [
+    found: list[tuple[str, str]] = [
         ("Loss", lines([one("training", "loss", scale), one("held out", "eval_loss", scale)], unit)),
+        *_parts_of_the_loss(history),
         ("Learning rates", lines(rates, "largest step of an entry")),
         ("Gradient norm", lines([one("before clipping", "grad_norm")], "logarithmic", log=True)),
         ("Speed", lines([one("steps alone", "tokens_per_second")], "tokens per second")),
@@ -159,6 +167,13 @@ def _charts(history: Sequence[Entry]) -> list[str]:
         ),
     ]
     return [_section(title, chart) for title, chart in found]
+
+
+def _parts_of_the_loss(history: Sequence[Entry]) -> list[tuple[str, str]]:
+    """A chart of what a teacher adds to the loss, where there is one."""
+    names = {"teacher_loss": "of the teacher's logits", "relation_loss": "of its attention relations"}
+    parts = [(label, *_series(history, key)) for key, label in names.items()]
+    return [("Loss by the teacher", lines(parts, "nats, weighted"))] if any(steps for _, steps, _ in parts) else []
 
 
 def _bits_per_byte(history: Sequence[Entry]) -> tuple[float, str]:
