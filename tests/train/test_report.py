@@ -171,6 +171,18 @@ def test_a_teacher_has_a_chart_and_is_named():
     assert "start runs/dense teacher runs/large" in " ".join(tree.sections["Data and versions"].split())
 
 
+def test_a_tuned_model_has_a_page():
+    record = {
+        "parameters": {"all": 2_000_000, "trained": 50_000},
+        "heldout": {"loss": 1.25},
+        "settings": {"data": {"rows": 7}},
+    }
+    tree = Tree(page("x", record, [{"step": 1, "loss": 2.0}]))
+    facts = " ".join(tree.sections[""].split())
+    assert "rows 7" in " ".join(tree.sections["Data and versions"].split())
+    assert "2.00 M parameters, all 0.05 M parameters, trained 1.25 held out, loss" in facts
+
+
 def test_a_page_of_one_loss_says_its_unit():
     tree = Tree(page("x", {}, [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]))
     assert "nats per token" in tree.sections["Loss"]

@@ -95,7 +95,7 @@ def page(name: str, record: Mapping[str, Any], history: Sequence[Entry]) -> str:
     """The HTML of a run called `name`, of what `training.json` says of it and of its log history."""
     settings = record.get("settings", {})
     models = {key: settings[key] for key in ("start", "teacher") if settings.get(key)}
-    data = models | _flat(settings.get("corpus", {}))
+    data = models | _flat(settings.get("corpus", settings.get("data", {})))
     body = [
         f"<h1>{escape(name)}</h1>",
         f'<p class="soft">{escape(_recipe_line(settings))}</p>',
@@ -135,8 +135,11 @@ def _facts(record: Mapping[str, Any], history: Sequence[Entry]) -> str:
     if speeds:
         facts.append(("tokens per second, median", f"{sorted(speeds)[len(speeds) // 2]:,.0f}"))
     facts.append(("time", f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.1f} min"))
-    if record.get("parameters"):
-        facts.append(("parameters", f"{record['parameters'] / 1e6:.2f} M"))
+    # Of a tuned model the record has several numbers by name.
+    for what, key in (("parameters", "parameters"), ("held out", "heldout")):
+        values = record.get(key) or {}
+        named = {f"{what}, {k}": v for k, v in values.items()} if isinstance(values, dict) else {what: values}
+        facts += [(k, f"{v / 1e6:.2f} M" if key == "parameters" else number(v)) for k, v in named.items()]
     cells = "".join(
         f'<div><b>{escape(value)}</b><span class="soft">{escape(label)}</span></div>' for label, value in facts
     )

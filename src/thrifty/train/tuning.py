@@ -35,6 +35,7 @@ from thrifty.train.event_files import event_files
 from thrifty.train.initial import FAMILIES
 from thrifty.train.progress import ProgressBar
 from thrifty.train.recipe import Recipe, Tuning
+from thrifty.train.report import Report
 
 #: What transformers calls the recomputation of activations; the older name is warned of where there is the newer.
 RECOMPUTING = next(
@@ -107,6 +108,7 @@ def tune(
     if checkpoint is None:
         clear_run(output, fresh=resume is False)
     write_record(output, {"settings": settings, "finished": False})
+    report = Report(output, console)
     set_seed(tuning.seed)
     started = time.perf_counter()
     with _quiet(), event_files(output / "logs") as events, TuningBar(console) as bar, _no_router_loss(model):
@@ -119,7 +121,7 @@ def tune(
             processing_class=tokenizer,
             tokenizer=tokenizer,
             since=started,
-            callbacks=[bar, events],
+            callbacks=[bar, events, report],
         )
         runs._run(trainer, checkpoint)
         _settle(trainer)
@@ -141,6 +143,7 @@ def tune(
         "versions": {**runs.versions(), "trl": trl.__version__},
     }
     write_record(output, record)
+    report.write(history)
     return TuningResult(tuned, tokenizer, history, record)
 
 
