@@ -92,7 +92,15 @@ def tune(start, source, output, method="sft", **options):
 def test_tunes_every_family(method, family, folders, data, tmp_path):
     result = tune(folders[family], data[method], tmp_path, method, fields={"eval_every": 100})
     names = {file.name for file in tmp_path.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "training.json", "loss.png", "logs", "report.html"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "training.json",
+        "loss.png",
+        "logs",
+        "report.html",
+    } <= names
     assert result.record["steps"] == 3
     before, after = load_file(folders[family] / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys()
