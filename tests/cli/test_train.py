@@ -37,6 +37,22 @@ def test_a_file_becomes_a_model_and_the_command_resumes(text, tmp_path, capsys):
     assert "going on from checkpoint-3" in capsys.readouterr().err
 
 
+def test_a_mixture_is_streamed_with_the_tokenizer_of_another_run(text, tmp_path, capsys):
+    assert main(["train", str(text), "-o", str(tmp_path / "a"), *MICRO]) == 0
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"body": f"row {n} of some rows"}) + "\n" for n in range(100)))
+    options = [option for option in MICRO if "vocab" not in option] + [f"--tokenizer={tmp_path / 'a'}", "--stream"]
+    options += ["--mix=text=1", "--mix=rows=3", "--set=document_mask=true", f"--heldout={tmp_path / 'judged.txt'}"]
+    (tmp_path / "judged.txt").write_text("row 101 of some rows\n" * 5)
+    assert main(["train", str(text), str(rows), "-o", str(tmp_path / "b"), *options]) == 0
+    assert "text, rows: a stream to train on" in capsys.readouterr().err
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    config = json.loads((tmp_path / "b/config.json").read_text())
+    assert config["vocab_size"] == 270
+    assert json.loads((tmp_path / "b/training.json").read_text())["settings"]["tokenizer"] == str(tmp_path / "a")
+
+
 def test_in_a_process_of_its_own_a_data_set_of_bytes(tmp_path):
     rows = "".join(json.dumps({"text": f"row {n} of some rows"}) + "\n" for n in range(100))
     (tmp_path / "data").mkdir()
@@ -64,11 +80,14 @@ def test_in_a_process_of_its_own_a_data_set_of_bytes(tmp_path):
         (["--set=hidden_size=many"], "hidden_size must be a whole number; got many"),
         (["--set=compile=perhaps"], "compile must be true or false; got perhaps"),
         (["--set=num_attention_heads=3"], "3"),
-        (["--tokenizer=words"], "--tokenizer must be bpe or bytes"),
+        (["--tokenizer=words"], "a tokenizer that is given has its own pieces; got --vocab-size 270"),
+        (["--mix=text=much"], "--mix takes NAME=WEIGHT, a number; got text=much"),
+        (["--mix=text=0"], "weights of a mixture must be more than 0; got text=0.0"),
+        (["--mix=texts=1"], "a mixture must name the sources; got texts; they are text"),
         (["--tokenizer=bytes", "--vocab-size=300"], "plain bytes have 260 pieces"),
         (["--vocab-size=3"], "at least 260 pieces"),
-        (["--heldout=1"], "below 1; got 1.0"),
-        (["--dataset=x"], "must come from one place"),
+        (["--heldout=1"], "below 1; got 1"),
+        (["--heldout=none.txt"], "none.txt does not exist"),
         (["--resume"], "there must be a checkpoint to resume"),
         (["--max-minutes=0"], "minutes must be more than 0"),
     ],

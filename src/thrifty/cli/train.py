@@ -1,7 +1,7 @@
 """`thrifty train`: text in, a trained model out."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,9 +36,9 @@ thrifty pack runs/notes runs/notes-packed
 
 def main(
     text: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Argument(
-            help="A text file, or a folder of text files. Left out: Python's help topics and standard library."
+            help="Files or folders of text, JSON lines or Parquet. Left out: Python's help topics and standard library."
         ),
     ] = None,
     output: Annotated[
@@ -64,14 +64,30 @@ def main(
         typer.Option(help="Weights of its linear layers: ternary, binary or dense.", show_default="the model's own"),
     ] = None,
     dataset: Annotated[
-        str | None,
-        typer.Option(help="Instead of TEXT: a data set of Hugging Face, or a local folder of JSONL or Parquet."),
+        list[str] | None,
+        typer.Option(
+            help="A data set of Hugging Face, beside TEXT or instead: a hub id, or a folder of one. Repeatable."
+        ),
     ] = None,
     dataset_config: Annotated[str | None, typer.Option(help="The data set's configuration.")] = None,
-    column: Annotated[str | None, typer.Option(help="The data set's column of text.", show_default="text")] = None,
-    heldout: Annotated[float, typer.Option(help="Share of the text, at its end, held out to judge by.")] = 0.05,
+    column: Annotated[
+        str | None, typer.Option(help="The column of text, where there are rows.", show_default="text")
+    ] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=WEIGHT", help="Share of a text or data set in a mixture.", show_default="by size"),
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read texts while training, rather than whole at first.")
+    ] = False,
+    heldout: Annotated[
+        str, typer.Option(help="Held out to judge by: a share of the text, a file, or a split of the data set.")
+    ] = "0.05",
     tokenizer: Annotated[
-        str, typer.Option(help="bpe: byte pairs, as many as --vocab-size says; bytes: plain bytes.")
+        str,
+        typer.Option(
+            help="bpe: byte pairs, as many as --vocab-size says; bytes; or a folder, tokenizer.json or hub id."
+        ),
     ] = "bpe",
     vocab_size: Annotated[int | None, typer.Option(help="Pieces of the tokenizer.", show_default="recipe")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="recipe")] = None,
@@ -124,9 +140,17 @@ def main(
     # All at once: some fields only fit together.
     chosen = find_recipe(recipe).override(**options | _fields(set_ or []))
     if chosen.method != "pretrain":
-        _tune(text, dataset, from_, chosen, output, heldout, resume, max_minutes)
+        _tune(text or [], dataset or [], from_, chosen, output, heldout, resume, max_minutes)
         return
-    corpus, name = _corpus(text, dataset, dataset_config, column, heldout)
+    corpus, name = _corpus(
+        text or [],
+        dataset or [],
+        config=dataset_config,
+        column=column,
+        shares=_shares(mix),
+        heldout=heldout,
+        stream=stream,
+    )
     folder = output or Path("runs") / name
     from rich.console import Console
 
@@ -134,7 +158,8 @@ def main(
 
     console = Console(stderr=True, soft_wrap=True)
     limits = {"resume": resume, "max_minutes": max_minutes}
-    result = train(corpus, chosen, folder, start=from_, teacher=teacher, console=console, **limits)
+    models = {"start": from_, "teacher": teacher, "tokenizer": None if tokenizer in _TRAINED else tokenizer}
+    result = train(corpus, chosen, folder, console=console, **models, **limits)
     score = result.record["bits_per_byte"]
     if score is not None:
         console.print(f"[bold]done[/]    held-out text: {score:.3f} bits per byte")
@@ -145,17 +170,23 @@ def main(
 
 
 def _tune(
-    text: Path | None,
-    dataset: str | None,
+    texts: list[Path],
+    datasets: list[str],
     start: str | None,
     recipe: "Recipe",
     output: Path | None,
-    heldout: float,
+    heldout: str,
     resume: bool | None,
     max_minutes: float | None,
 ) -> None:
     """Tune a model that is there, by the methods that need rows of answers."""
-    data = [source for source in (text, dataset) if source is not None]
+    from thrifty.train.corpus import heldout_share
+
+    data = [*texts, *datasets]
+    share = heldout_share(heldout)
+    if share is None:
+        rule = "[train] rows to tune on are held out by their share"
+        raise ThriftyError(f"{rule}; got --heldout {heldout}; give a number below 1")
     if start is None or not data:
         rule = f"[train] the recipe {recipe.name} tunes a model on rows; got no {'--from' if data else 'data'}"
         raise ThriftyError(f"{rule}; thrifty train talks.jsonl --recipe {recipe.name} --from FOLDER")
@@ -167,7 +198,7 @@ def _tune(
     from thrifty.train.tuning import tune
 
     console = Console(stderr=True, soft_wrap=True)
-    result = tune(start, data, recipe, folder, heldout=heldout, resume=resume, console=console)
+    result = tune(start, data, recipe, folder, heldout=share, resume=resume, console=console)
     scores = ", ".join(f"{name} {score:.3f}" for name, score in result.record["heldout"].items())
     if scores:
         console.print(f"[bold]done[/]    held-out rows: {scores}")
@@ -176,30 +207,38 @@ def _tune(
     typer.echo(folder)
 
 
-def _corpus(
-    text: Path | None, dataset: str | None, config: str | None, column: str | None, heldout: float
-) -> "tuple[Corpus, str]":
-    """The text to train on, and a name for its run."""
-    from thrifty.train.corpus import builtin_corpus, dataset_corpus, text_corpus
+#: Tokenizers that are trained on the text.
+_TRAINED = ("bpe", "bytes")
 
-    if not 0 <= heldout < 1:
-        raise ThriftyError(f"[train] the held-out share must be at least 0 and below 1; got {heldout}")
-    if text is not None and dataset is not None:
-        raise ThriftyError(
-            f"[train] the text must come from one place; got {text} and --dataset {dataset}; leave one out"
-        )
-    if dataset is not None:
-        return dataset_corpus(dataset, config, column, heldout), Path(dataset).name
-    if text is not None:
-        return text_corpus(text, heldout), text.resolve().stem
-    return builtin_corpus(), "builtin"
+
+def _corpus(texts: list[Path], datasets: list[str], **options: Any) -> "tuple[Corpus, str]":
+    """The text to train on, and a name for its run."""
+    from thrifty.train.corpus import open_corpus
+
+    corpus = open_corpus(texts, datasets, **options)
+    names = [text.resolve().name.partition(".")[0] for text in texts] + [Path(name).name for name in datasets]
+    return corpus, "-".join(names) or "builtin"
+
+
+def _shares(mix: list[str] | None) -> dict[str, float]:
+    """The weights that `--mix` gives."""
+    shares = {}
+    for assignment in mix or []:
+        name, _, weight = assignment.rpartition("=")
+        try:
+            shares[name] = float(weight)
+        except ValueError as problem:
+            raise ThriftyError(f"[train] --mix takes NAME=WEIGHT, a number; got {assignment}") from problem
+    return shares
 
 
 def _vocab_size(tokenizer: str, vocab_size: int | None) -> int | None:
     from thrifty.train.tokenizer import SMALLEST
 
-    if tokenizer not in ("bpe", "bytes"):
-        raise ThriftyError(f"[train] --tokenizer must be bpe or bytes; got {tokenizer}")
+    if tokenizer not in _TRAINED and vocab_size is not None:
+        raise ThriftyError(
+            f"[train] a tokenizer that is given has its own pieces; got --vocab-size {vocab_size}; leave it out"
+        )
     if tokenizer == "bytes":
         if vocab_size not in (None, SMALLEST):
             raise ThriftyError(

@@ -9,19 +9,30 @@ from torch.utils.data import Dataset
 from thrifty.errors import ThriftyError
 from thrifty.train.corpus import Mixture
 
+#: What the model is given of a block.
+Block = Mapping[str, torch.Tensor]
+
 
 class PackedBlocks(Dataset):
     """`count` blocks of `length` tokens, each a contiguous piece of one stream; block i depends on i and the seed only.
 
     A stream (int32 [n]) is read again and again: cut at a new phase in every reading, its pieces shuffled. Which
     stream block i comes from is drawn with the shares that `mixture` has at progress i / count. So a run resumed at
-    block i goes on as if it had never stopped.
+    block i goes on as if it had never stopped. begin: as for `block`.
 
     Errors: a stream that has a share but not one block.
     """
 
-    def __init__(self, streams: Mapping[str, np.ndarray], mixture: Mixture, length: int, count: int, seed: int):
-        self.length = length
+    def __init__(
+        self,
+        streams: Mapping[str, np.ndarray],
+        mixture: Mixture,
+        length: int,
+        count: int,
+        seed: int,
+        begin: int | None = None,
+    ):
+        self.length, self.begin = length, begin
         rng = np.random.default_rng(seed)
         drawn = draw_streams(list(streams), mixture, count, rng)
         first = np.zeros(count, np.int64)
@@ -37,14 +48,26 @@ class PackedBlocks(Dataset):
     def __len__(self) -> int:
         return len(self.drawn)
 
-    def __iter__(self) -> Iterator[Mapping[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Block]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, i: int) -> Mapping[str, torch.Tensor]:
+    def __getitem__(self, i: int) -> Block:
         start = self.first[i]
-        piece = self.streams[self.drawn[i]][start : start + self.length]
-        tokens = torch.from_numpy(piece.astype(np.int64))
-        return {"input_ids": tokens, "labels": tokens}
+        return block(self.streams[self.drawn[i]][start : start + self.length], self.begin)
+
+
+def block(tokens: np.ndarray, begin: int | None) -> Block:
+    """What the model is given of tokens [T]: input_ids and labels; with `begin` also position_ids.
+
+    Those count from 0 at each token `begin` and at the first token, so that no document sees another. The token that
+    begins a document stays a label: it is what ends the one before, and nothing of the document itself.
+    """
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    if begin is None:
+        return {"input_ids": ids, "labels": ids}
+    places = torch.arange(len(ids))
+    starts = torch.where(ids == begin, places, 0).cummax(0).values
+    return {"input_ids": ids, "labels": ids, "position_ids": places - starts}
 
 
 def draw_streams(names: list[str], mixture: Mixture, count: int, rng: np.random.Generator) -> np.ndarray:

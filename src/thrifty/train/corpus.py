@@ -4,20 +4,25 @@ A corpus is read once, whole, in a fixed order; its last bytes are held out and 
 """
 
 import hashlib
+import math
 import platform
 import sysconfig
 import tokenize
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from thrifty.errors import ThriftyError
 from thrifty.train.prose import prose
+from thrifty.train.sources import DataSet, Files, Source, has_rows
 
 #: Bytes held out of the built-in corpus: the last of the joined topics of Python's help system.
 BUILTIN_HELDOUT_BYTES = 60_000
 #: Most bytes held out of a user's corpus, so that evaluating stays a matter of seconds.
 HELDOUT_LIMIT = 1 << 20
+#: Bytes of a stream that the tokenizer is trained on.
+SAMPLE_BYTES = 4 << 20
 #: Folders of the standard library's directory that are not its sources (`pydoc_data` holds the help topics themselves)
 #: or are not written for readers (tests, tables of encodings).
 NOT_STDLIB = frozenset(
@@ -50,6 +55,22 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """Sources that are read while training."""
+
+    sources: tuple[Source, ...]
+    #: Their shares of the blocks, in any unit.
+    weights: tuple[float, ...]
+    #: How many documents at the beginning of each are held out.
+    heldout: tuple[int, ...]
+
+    def record(self) -> dict[str, object]:
+        """What identifies the text as far as can be told without reading it."""
+        rows = zip(self.sources, self.weights, self.heldout, strict=True)
+        return {s.name: {"bytes": s.size(), "weight": weight, "heldout_documents": n} for s, weight, n in rows}
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Text to train on, and text held out to judge by."""
 
@@ -61,6 +82,8 @@ class Corpus:
     heldout: str
     #: How the parts are mixed over a run; empty: by their sizes.
     mixture: Mixture = ()
+    #: What is read while training; parts are then a sample of it.
+    stream: Stream | None = None
 
     @property
     def text(self) -> str:
@@ -70,7 +93,7 @@ class Corpus:
     def record(self) -> dict[str, object]:
         """What identifies the text: sizes and SHA-256 of both sides, and the Python it came from."""
         train, heldout = self.text.encode(), self.heldout.encode()
-        return {
+        record: dict[str, object] = {
             "name": self.name,
             "python": platform.python_version(),
             "train_bytes": len(train),
@@ -79,6 +102,7 @@ class Corpus:
             "heldout_sha256": hashlib.sha256(heldout).hexdigest(),
             "parts": {part.name: part.size for part in self.parts},
         }
+        return record if self.stream is None else {**record, "stream": self.stream.record()}
 
 
 def builtin_corpus() -> Corpus:
@@ -126,23 +150,155 @@ def text_corpus(path: Path, heldout: float) -> Corpus:
         raise ThriftyError(f"{rule}; convert it, say with iconv") from problem
 
 
-def dataset_corpus(name: str, config: str | None, column: str | None, heldout: float) -> Corpus:
-    """The `train` split of a data set: a name on the Hugging Face hub, or a local folder that `datasets` can read.
+def open_corpus(
+    texts: Sequence[Path] = (),
+    datasets: Sequence[str] = (),
+    *,
+    config: str | None = None,
+    column: str | None = None,
+    shares: Mapping[str, float] | None = None,
+    heldout: str | float = 0.05,
+    stream: bool = False,
+) -> Corpus:
+    """The text of files, folders and data sets of Hugging Face, mixed; with none of them the built-in corpus.
 
-    `column` holds the text; None takes `text`, or the only column of strings.
+    One text file or folder of text is joined (`text_corpus`); elsewhere each row and file is a document
+    (`thrifty.train.sources`). column: that of text. shares: weights by the names of sources, by default their sizes.
+    heldout: a share of the text, at its end; or a file, or a split of the first data set. stream: documents are read as
+    they are needed, and those held out are a source's first.
+
+    Errors: sources that are empty or cannot be read, names and weights that do not fit.
     """
-    import datasets
+    share = heldout_share(heldout)
+    if not texts and not datasets:
+        if stream or shares:
+            raise ThriftyError(
+                "[corpus] a text must be given to be streamed or mixed; got none; name a file or --dataset"
+            )
+        return builtin_corpus()
+    if len(texts) == 1 and not (datasets or shares or stream or share is None or has_rows(texts[0])):
+        return text_corpus(texts[0], share)
+    sources: list[Source] = [Files(path, column) for path in texts]
+    sources += [DataSet(name, config, column, stream=stream) for name in datasets]
+    names = [source.name for source in sources]
+    for source, given in zip(sources, (*map(str, texts), *datasets), strict=True):
+        source.name = given if names.count(source.name) > 1 else source.name
+    weights = _weights(sources, shares)
+    if share is not None:
+        return _streamed(sources, weights, share) if stream else _read(sources, shares, share)
+    other: Source
+    if Path(str(heldout)).exists():
+        other = Files(Path(str(heldout)), column)
+    elif datasets:
+        other = DataSet(datasets[0], config, column, split=str(heldout), stream=stream)
+    else:
+        rule = "[corpus] what is held out must be a share, a file, or a split of a data set"
+        raise ThriftyError(f"{rule}; {heldout} does not exist; check the path")
+    corpus = _streamed(sources, weights, 0.0) if stream else _read(sources, shares, 0.0)
+    kept, _ = _first(other, HELDOUT_LIMIT)
+    if not kept:
+        raise ThriftyError(f"[corpus] a held-out text must hold text; {heldout} is empty; give another by --heldout")
+    return replace(corpus, heldout=_joined(kept))
 
+
+def heldout_share(heldout: str | float) -> float | None:
+    """The share that is held out; None where a file or split is named."""
     try:
-        rows = datasets.load_dataset(name, config, split="train")
-    except (OSError, ValueError) as problem:
-        raise ThriftyError(f"[corpus] {name} does not load as a data set: {problem}") from problem
-    strings = [key for key, kind in rows.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
-    chosen = column or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
-    if chosen is None or chosen not in strings:
-        got = ", ".join(rows.column_names)
-        raise ThriftyError(f"[corpus] {name} has no text column {chosen or 'text'!r}; got {got}; choose by --column")
-    return _corpus(name, [f"{row}\n" for row in rows[chosen]], heldout)
+        share = float(heldout)
+    except ValueError:
+        return None
+    if not 0 <= share < 1:
+        raise ThriftyError(f"[train] the held-out share must be at least 0 and below 1; got {heldout}")
+    return share
+
+
+def _weights(sources: Sequence[Source], shares: Mapping[str, float] | None) -> list[float]:
+    """The weight of each source: given by its name, or its bytes."""
+    names = [source.name for source in sources]
+    for name, weight in (shares or {}).items():
+        if name not in names:
+            raise ThriftyError(f"[corpus] a mixture must name the sources; got {name}; they are {', '.join(names)}")
+        if not 0 < weight < math.inf:
+            rule = "[corpus] weights of a mixture must be more than 0"
+            raise ThriftyError(f"{rule}; got {name}={weight}; leave out a source that is not wanted")
+    if shares:
+        absent = [name for name in names if name not in shares]
+        if absent:
+            rule = "[corpus] a mixture must give every source a weight"
+            raise ThriftyError(f"{rule}; {absent[0]} has none; add {absent[0]}=WEIGHT")
+        return [float(shares[name]) for name in names]
+    if len(sources) == 1:
+        return [1.0]
+    sizes = [source.size() for source in sources]
+    if None in sizes:
+        rule = "[corpus] a mixture needs weights where a size is not known"
+        raise ThriftyError(f"{rule}; {names[sizes.index(None)]} is streamed; give --mix NAME=WEIGHT for every source")
+    return [float(size or 0) for size in sizes]
+
+
+def _read(sources: Sequence[Source], shares: Mapping[str, float] | None, share: float) -> Corpus:
+    """All documents of the sources, and their last ones held out."""
+    parts, tails = [], []
+    for source in sources:
+        documents = [text for text, _ in source.read()]
+        sizes = [len(text.encode()) for text in documents]
+        missing = min(int(sum(sizes) * share), HELDOUT_LIMIT // len(sources))
+        tail: list[str] = []
+        while documents and sizes[-1] <= missing:
+            missing -= sizes.pop()
+            tail.insert(0, documents.pop())
+        if documents and missing and not tail:
+            # One document that is longer than what is held out.
+            documents[-1], kept = split_tail(documents[-1], missing)
+            tail = [kept]
+        documents = [text for text in documents if text]
+        if not documents:
+            raise _empty(source)
+        parts.append(Part(source.name, tuple(documents)))
+        tails += tail
+    mixture: Mixture = ((0.0, dict(shares)),) if shares else ()
+    return Corpus(_names(sources), tuple(parts), _joined(tails), mixture)
+
+
+def _streamed(sources: Sequence[Source], weights: Sequence[float], share: float) -> Corpus:
+    """Documents to be read later: a sample of them, and the first held out."""
+    parts, heads, skipped = [], [], []
+    for source in sources:
+        most, size = HELDOUT_LIMIT // len(sources), source.size()
+        held = most if size is None else min(most, int(size * share))
+        head, point = _first(source, held if share else 0)
+        sample, _ = _first(source, SAMPLE_BYTES // len(sources), point)
+        if not sample:
+            raise _empty(source)
+        heads += head
+        skipped.append(len(head))
+        parts.append(Part(source.name, tuple(sample)))
+    stream = Stream(tuple(sources), tuple(weights), tuple(skipped))
+    return Corpus(_names(sources), tuple(parts), _joined(heads), stream=stream)
+
+
+def _first(source: Source, size: int, point: Any = None) -> tuple[list[str], Any]:
+    """The first documents, of so many bytes together, or one more where it begins within, and the point after them."""
+    documents, point_after = [], point
+    for text, after in source.read(point) if size > 0 else ():
+        documents.append(text)
+        point_after, size = after, size - len(text.encode())
+        if size <= 0:
+            break
+    return documents, point_after
+
+
+def _joined(documents: Sequence[str]) -> str:
+    return "".join(text if text.endswith("\n") else f"{text}\n" for text in documents)
+
+
+def _names(sources: Sequence[Source]) -> str:
+    return ", ".join(source.name for source in sources)
+
+
+def _empty(source: Source) -> ThriftyError:
+    rule = f"[corpus] a text must hold something beside what is held out; {source.name} is empty"
+    return ThriftyError(f"{rule}; give a file, folder or data set with more text")
 
 
 def split_tail(text: str, tail_bytes: int) -> tuple[str, str]:

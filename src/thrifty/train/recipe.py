@@ -116,6 +116,8 @@ class Training:
     #: What relations of tokens weigh, and the layer they are taken of, from the end of both models (-1: the last).
     relation_weight: float = 0.0
     relation_layer: int = -1
+    #: Keep documents that share a sequence apart: none sees another.
+    document_mask: bool = False
     #: Compile the layers for training, where there is a C++ compiler: half a minute, then steps in half the time.
     compile: bool = False
     #: Steps between two looks at the held-out text.

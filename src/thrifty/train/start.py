@@ -20,6 +20,7 @@ from thrifty.models import ThriftyForCausalLM
 from thrifty.nn import RMSNorm
 from thrifty.train.initial import FAMILIES
 from thrifty.train.recipe import Training
+from thrifty.train.tokenizer import check_pieces, open_tokenizer, read_tokenizer
 
 #: Norms that are inserted, and the layers that read what they norm.
 SUB_NORMS = {"attn_sub_norm": "o_proj", "ffn_sub_norm": "down_proj"}
@@ -33,18 +34,21 @@ class Given:
     start: Folder | None = None
     #: The folder of the model that is learned from.
     teacher: Path | None = None
-    #: The tokenizer of these; None for one of the text.
+    #: The tokenizer of these, or one that is given; None for one of the text.
     tokenizer: Tokenizer | None = None
+    #: Where a tokenizer that is given lies, and the token that ends its texts.
+    texts: Path | None = None
+    end: int | None = None
 
     @property
     def folder(self) -> Path | None:
         """Where the tokenizer lies."""
-        return self.teacher if self.start is None else self.start.path
+        return self.texts or (self.teacher if self.start is None else self.start.path)
 
     def begin_token(self) -> int | None:
         """The token before a text: that of config.json for beginnings, or else for ends; None where all is new."""
-        if self.folder is None:
-            return None
+        if self.end is not None or self.folder is None:
+            return self.end
         fields = read_json(self.folder / "config.json")
         for name in ("bos_token_id", "eos_token_id"):
             value = fields.get(name)
@@ -55,8 +59,12 @@ class Given:
         raise ThriftyError(f"{rule}; config.json of {self.folder} has none; give it a bos_token_id")
 
 
-def open_given(start: str | Path | None, teacher: str | Path | None, training: Training) -> Given:
+def open_given(
+    start: str | Path | None, teacher: str | Path | None, training: Training, tokenizer: str | Path | None = None
+) -> Given:
     """The models that a run begins with, by folder or hub id; of their tensors nothing is read yet.
+
+    tokenizer: one that stands for the start's (`thrifty.train.tokenizer.open_tokenizer`).
 
     Raises ThriftyError where the tensors of the start are not those of its config (of linears some packed and some
     latent, say), a tokenizer is absent, has pieces that its model has not or is not the other model's, and where
@@ -69,23 +77,24 @@ def open_given(start: str | Path | None, teacher: str | Path | None, training: T
             got, way_out = ("one without a teacher", "give the teacher's folder by --teacher")
         raise ThriftyError(f"{rule}; got {got}; {way_out}")
     given = Given() if start is None else _open_start(resolve(start), training.sequence_length)
+    if tokenizer is not None:
+        ours, folder, end = open_tokenizer(tokenizer)
+        if given.start is not None:
+            check_pieces(ours, tokenizer, given.start.config.vocab_size)
+        given = replace(given, tokenizer=ours, texts=folder, end=end)
     return given if teacher is None else _open_teacher(given, resolve(teacher), training.sequence_length)
 
 
 def _open_start(path: Path, sequence_length: int) -> Given:
     folder = open_folder(path)
-    tokenizer = _tokenizer(path)
-    if tokenizer.get_vocab_size() > folder.config.vocab_size:
-        rule = f"[train] the tokenizer must have no more pieces than the model, {folder.config.vocab_size}"
-        raise ThriftyError(
-            f"{rule}; that of {path} has {tokenizer.get_vocab_size()}; take the tokenizer of the same checkpoint"
-        )
+    tokenizer = read_tokenizer(path / "tokenizer.json")
+    check_pieces(tokenizer, path, folder.config.vocab_size)
     _check_length(path, folder.config.max_position_embeddings, sequence_length)
     return Given(folder, None, tokenizer)
 
 
 def _open_teacher(given: Given, path: Path, sequence_length: int) -> Given:
-    fields, tokenizer = read_json(path / "config.json"), _tokenizer(path)
+    fields, tokenizer = read_json(path / "config.json"), read_tokenizer(path / "tokenizer.json")
     positions = fields.get("max_position_embeddings", fields.get("n_positions", sequence_length))
     _check_length(path, int(positions), sequence_length)
     ours = tokenizer if given.tokenizer is None else given.tokenizer
@@ -102,17 +111,6 @@ def _check_length(path: Path, positions: int, sequence_length: int) -> None:
     if sequence_length > positions:
         rule = f"[train] sequence_length must be at most the {positions} positions of {path}"
         raise ThriftyError(f"{rule}; got {sequence_length}; choose a shorter one")
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        rule = f"[train] a model that is given must have a tokenizer.json; {folder} has none"
-        raise ThriftyError(f"{rule}; copy that of the model into the folder")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as problem:  # what tokenizers raises has no class of its own
-        raise ThriftyError(f"[train] {file} must be a tokenizer; {problem}; get it again") from problem
 
 
 def copy_texts(source: Path, output: Path) -> None:

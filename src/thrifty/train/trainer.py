@@ -1,6 +1,5 @@
 """Training on the Hugging Face Trainer: text and a recipe in, a folder with a trained model out."""
 
-import math
 import os
 import platform
 import shutil
@@ -13,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from rich.console import Console
@@ -24,7 +22,6 @@ import thrifty
 from thrifty.checkpoint import UnwritableError
 from thrifty.errors import ThriftyError
 from thrifty.models import ThriftyForCausalLM, round_dense_parameters
-from thrifty.train.blocks import PackedBlocks
 from thrifty.train.checkpoints import CHECKPOINTS, checkpoint_to_resume, clear_run, read_record, seal, write_record
 from thrifty.train.corpus import Corpus
 from thrifty.train.curve import plot
@@ -35,19 +32,17 @@ from thrifty.train.evaluate import bits_per_byte
 from thrifty.train.event_files import event_files
 from thrifty.train.initial import initialize, new_model
 from thrifty.train.optimizer import Schedule, build_optimizer
+from thrifty.train.packing import training_blocks
 from thrifty.train.progress import ProgressBar
 from thrifty.train.recipe import Recipe, Training
 from thrifty.train.report import Report
 from thrifty.train.start import Given, copy_texts, fit_sub_norms, load_start, low_bit_model, open_given
+from thrifty.train.stream import StreamedBlocks
 from thrifty.train.tokenizer import save_tokenizer, train_tokenizer
 from thrifty.train.warmup import QuantizationWarmup
 
-#: Held-out sequences looked at while training; the whole held-out text is scored at the end.
-GLANCE = 16
 #: Sequences on which inserted norms are fitted.
 SAMPLE = 8
-#: Documents that the tokenizer gets at once.
-ENCODED_TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -118,6 +113,12 @@ class CausalTrainer(Trainer):
         check_loss(loss, self.state.global_step + 1, inputs, rates, self.tokenizer, output)
         return loss
 
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        if isinstance(self.train_dataset, StreamedBlocks):
+            batches = self.state.global_step * self.args.gradient_accumulation_steps
+            self.train_dataset.save(Path(output_dir), batches)
+
     def _save_checkpoint(self, model, trial):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         check_weights(self.latent, self.state.global_step)
@@ -144,6 +145,7 @@ def train(
     *,
     start: str | Path | None = None,
     teacher: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     resume: bool | None = None,
     max_minutes: float | None = None,
     console: Console | None = None,
@@ -151,7 +153,8 @@ def train(
     """Train the recipe's model on the corpus and leave it in `output`.
 
     start: a folder or hub id of a model to go on from instead, which keeps its tokenizer; dense linears become ternary,
-    packed ones trainable. teacher: of one to learn from, with the same tokenizer.
+    packed ones trainable. teacher: of one to learn from, with the same tokenizer. tokenizer: a folder, tokenizer.json
+    or hub id of one to read the text with.
 
     `output` gets the model with its latent weights, the tokenizer, `training.json` (settings, text, versions, bits per
     byte), `loss.png`, TensorBoard's `logs/` and resumable `checkpoints/`. A folder that already holds checkpoints of
@@ -163,12 +166,13 @@ def train(
     Errors: an empty or too short text, a folder that holds another run, a damaged checkpoint, a full disk.
     """
     console = console or Console(stderr=True)
-    given = open_given(start, teacher, recipe.training)
+    given = open_given(start, teacher, recipe.training, tokenizer)
     settings = {"recipe": asdict(recipe), "corpus": corpus.record(), "max_minutes": max_minutes}
     settings |= {"start": start and str(start), "teacher": teacher and str(teacher)}
+    settings |= {"tokenizer": tokenizer and str(tokenizer)}
     checkpoint = checkpoint_to_resume(output, settings, resume)
     set_seed(recipe.training.seed)
-    model, tokenizer, original = _model(corpus, recipe, given, output if checkpoint else None)
+    model, pieces, original = _model(corpus, recipe, given, output if checkpoint else None)
     compiled = recipe.training.compile and can_compile()
     if compiled:
         model.compile_layers()
@@ -178,7 +182,7 @@ def train(
     _greet(console, corpus, recipe, training, model, output, checkpoint)
     if compiled:
         console.print("        the first step takes half a minute: the layers are compiled")
-    blocks, glance, scale = _blocks(corpus, training, tokenizer, int(model.config.bos_token_id or 0))
+    blocks, glance, scale = training_blocks(corpus, training, pieces, int(model.config.bos_token_id or 0))
     distillation = None
     if guide is not None:
         console.print(f"[bold]teacher[/] {given.teacher}: {guide.num_parameters() / 1e6:.2f} M parameters")
@@ -194,16 +198,16 @@ def train(
     # It shares its tensors with the model that is trained.
     del original
     if given.folder is None:
-        save_tokenizer(tokenizer, output, model.config.max_position_embeddings)
+        save_tokenizer(pieces, output, model.config.max_position_embeddings)
     else:
         copy_texts(given.folder, output)
     write_record(output, {"settings": settings, "finished": False, "steps": training.steps})
-    diagnostics = Diagnostics(tokenizer, glance, training, scale)
+    diagnostics = Diagnostics(pieces, glance, training, scale)
     report = Report(output, console)
     with quiet(), event_files(output / "logs") as events, ProgressBar(console, scale) as bar:
         trainer = CausalTrainer(
             training=training,
-            tokenizer=tokenizer,
+            tokenizer=pieces,
             since=started,
             distillation=distillation,
             model=model,
@@ -229,13 +233,13 @@ def train(
         "steps": training.steps,
         "seconds": round(seconds_of(history), 1),
         "parameters": model.num_parameters(),
-        "bits_per_byte": heldout_bits_per_byte(model, tokenizer, corpus, training) if corpus.heldout else None,
+        "bits_per_byte": heldout_bits_per_byte(model, pieces, corpus, training) if corpus.heldout else None,
         "precision": "bfloat16" if trainer.args.bf16 else "float32",
         "versions": versions(),
     }
     write_record(output, record)
     report.write(history)
-    return TrainingResult(model, tokenizer, history, record)
+    return TrainingResult(model, pieces, history, record)
 
 
 def seconds_of(history: Sequence[dict[str, float]]) -> float:
@@ -294,43 +298,6 @@ def _teacher(given: Given) -> PreTrainedModel | None:
         return None
     with quiet():
         return load_teacher(given.teacher, has_fast_bf16())
-
-
-def _blocks(
-    corpus: Corpus, training: Training, tokenizer: Tokenizer, begin: int
-) -> tuple[PackedBlocks, PackedBlocks | None, float]:
-    """Training blocks, held-out blocks, and the factor from nats per held-out token to bits per byte."""
-    mixture = corpus.mixture or ((0.0, {part.name: float(part.size) for part in corpus.parts}),)
-    length, count = training.sequence_length, training.steps * training.batch_size
-    streams = {}
-    for part in corpus.parts:
-        share = max(shares.get(part.name, 0.0) / sum(shares.values()) for _, shares in mixture)
-        order = np.random.default_rng(training.seed).permutation(len(part.documents))
-        documents = [part.documents[i] for i in order]
-        streams[part.name] = encode(tokenizer, documents, begin, most=int(share * count * length))
-    blocks = PackedBlocks(streams, mixture, length, count, training.seed)
-    heldout = encode(tokenizer, [corpus.heldout], begin)
-    pieces = min(GLANCE, len(heldout) // length)
-    glance = PackedBlocks({"heldout": heldout}, ((0.0, {"heldout": 1.0}),), length, pieces, 0) if pieces else None
-    scale = len(heldout) / (max(len(corpus.heldout.encode()), 1) * math.log(2))
-    return blocks, glance, scale
-
-
-def encode(tokenizer: Tokenizer, documents: Sequence[str], begin: int, most: int | None = None) -> np.ndarray:
-    """The documents' tokens in one stream, int32, the token `begin` before each document.
-
-    Documents after the one that reaches `most` tokens are left out: a run that reads no more need not wait for them.
-    """
-    first_token = np.array([begin], np.int32)
-    stream = [np.empty(0, np.int32)]
-    size = 0
-    for first in range(0, len(documents), ENCODED_TOGETHER):
-        if most is not None and size >= most:
-            break
-        for encoding in tokenizer.encode_batch(documents[first : first + ENCODED_TOGETHER], add_special_tokens=False):
-            stream += [first_token, np.array(encoding.ids, np.int32)]
-            size += 1 + len(encoding.ids)
-    return np.concatenate(stream)
 
 
 def _arguments(training: Training, output: Path, evaluate: bool) -> TrainingArguments:
@@ -418,6 +385,8 @@ def _run(trainer: Trainer, checkpoint: Path | None) -> None:
         trainer.train()
         return
     first = int(checkpoint.name.rpartition("-")[2])
+    if isinstance(trainer.train_dataset, StreamedBlocks):
+        trainer.train_dataset.restore(checkpoint)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint))
     except ThriftyError:
@@ -449,9 +418,10 @@ def quiet() -> Iterator[None]:
 
 def _greet(console, corpus: Corpus, recipe: Recipe, training: Training, model, output: Path, checkpoint) -> None:
     tokens = training.steps * training.batch_size * training.sequence_length
-    size = sum(part.size for part in corpus.parts) / 1e6
+    size = f"{sum(part.size for part in corpus.parts) / 1e6:.2f} MB"
     held = len(corpus.heldout.encode())
-    console.print(f"[bold]text[/]    {corpus.name}: {size:.2f} MB to train on, {held:,} bytes held out")
+    size = size if corpus.stream is None else "a stream"
+    console.print(f"[bold]text[/]    {corpus.name}: {size} to train on, {held:,} bytes held out")
     parameters = f"{model.num_parameters() / 1e6:.2f} M parameters"
     console.print(f"[bold]model[/]   {model.config.model_type}, {parameters}, recipe {recipe.name}")
     console.print(f"[bold]run[/]     {training.steps:,} steps, {tokens / 1e6:.1f} M tokens, into {output}")
