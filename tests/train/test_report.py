@@ -184,7 +184,7 @@ def test_a_tuned_model_has_a_page():
 
 
 def test_a_page_of_one_loss_says_its_unit():
-    tree = Tree(page("x", {}, [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]))
+    tree = Tree(page("x", {}, [{"step": 1, "loss": 2.0, "lambda": 1.0}, {"step": 2, "loss": 1.0, "lambda": 1.0}]))
     assert "nats per token" in tree.sections["Loss"]
     assert "1 throughout" in tree.sections["Share of quantisation λ"]
 

@@ -153,7 +153,8 @@ def _charts(history: Sequence[Entry]) -> list[str]:
         steps, values = _series(history, key)
         return label, steps, [value * factor for value in values]
 
-    shares = lines([one("λ", "lambda")], "share of quantisation") if _series(history, "lambda")[0] else ""
+    warmed_up = any(share != 1 for share in _series(history, "lambda")[1])
+    shares = lines([one("λ", "lambda")], "share of quantisation") if warmed_up else ""
     rates = [one("matrices", "learning_rate"), one("others (Adam)", "adam_learning_rate")]
     zeros, flipped = (_layers(history, kind) for kind in ("zeros", "flipped"))
     found: list[tuple[str, str]] = [
