@@ -146,3 +146,22 @@ def test_targets_are_layers_by_their_last_names():
     assert not isinstance(model.get_submodule("base_model.model.up_proj"), lora.LoraPackedLinear)
     with pytest.raises(ThriftyError, match="linear layers of the model; got q_proj; choose from down_proj, dt_proj"):
         lora.adapter_config(nn.pack(Network()), 4, 8, ["q_proj"])
+
+
+@pytest.mark.parametrize("weight", ["ternary", "binary"])
+def test_a_requantized_adapter_computes_what_merging_gives_and_learns_as_one_that_is_added(weight):
+    torch.manual_seed(0)
+    model = adapted(nn.pack(Network(weight=weight)))
+    layer = model.get_submodule("base_model.model.up_proj")
+    a, b = (layer.get_submodule(f"lora_{name}.default").weight for name in "AB")
+    x, g = torch.randn(5, 63, requires_grad=True), torch.randn(5, 257)
+    wanted = torch.autograd.grad(layer(x), (a, b), g)
+    layer.requantized = True
+    y = layer(x)
+    for got, expected in zip(torch.autograd.grad(y, (a, b), g, retain_graph=True), wanted, strict=True):
+        torch.testing.assert_close(got, expected)
+    (dx,) = torch.autograd.grad(y, x, g)
+    layer.merge()
+    base = layer.base_layer
+    assert torch.equal(y, base(x))
+    torch.testing.assert_close(dx, g @ (base.codes() * base.weight_scale.float()), rtol=1e-4, atol=1e-5)

@@ -140,6 +140,18 @@ def test_adapters_are_trained_beside_packed_layers_of_every_family_and_merged(fa
     )
 
 
+def test_an_adapter_that_changes_codes_loses_nothing_in_merging(folders, data, tmp_path):
+    fields = {"lora_rank": 4, "lora_requantized": True, "learning_rate": 3e-2, "steps": 6, "warmup": 0}
+    result = tune(folders["bitnet-packed"], data["sft"], tmp_path / "run", "lora", fields=fields)
+    losses = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
+    assert losses[-1] < losses[0]
+    with pytest.raises(ThriftyError, match=r"is an adapter; thrifty pack .* merges it"):
+        load(tmp_path / "run")
+    report = merging.merge_folder(tmp_path / "run", tmp_path / "merged", text="what follows one? two")
+    assert any(layer.flipped for layer in report.layers)
+    assert report.bits_per_byte["merged"] == report.bits_per_byte["adapter"] != report.bits_per_byte["base"]
+
+
 def test_dpo_by_adapters_needs_no_second_model_and_starts_from_no_margin(folders, data, tmp_path):
     fields = {"lora_rank": 2, "learning_rate": 1e-2, "steps": 8, "warmup": 0}
     result = tune(folders["bitnet"], data["dpo"], tmp_path, "dpo", fields=fields)

@@ -147,6 +147,11 @@ def open_folder(path: str | Path) -> Folder:
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise ThriftyError(f"[checkpoint] a model is a folder with config.json in it; {path} {what}; check the path")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ThriftyError(
+            f"[checkpoint] a model is a folder with config.json in it; {path} is an adapter; "
+            f"thrifty pack {path} merges it"
+        )
     config = read_config(path / "config.json")
     tensors = _renamed(path, open_tensors(path), config)
     if config.tie_word_embeddings and HEAD in tensors:

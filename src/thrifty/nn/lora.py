@@ -18,6 +18,9 @@ from thrifty.errors import ThriftyError
 from thrifty.nn.packing import PackedBitLinear, stored_scale
 from thrifty.nn.ternarize import ROUTERS
 
+#: Lloyd's steps of `merged_codes`, most of which change next to nothing.
+STEPS = 4
+
 
 @dataclass(frozen=True)
 class MergedLayer:
@@ -42,7 +45,13 @@ class LoraPackedLinear(nn.Module, LoraLayer):
     The base stays packed; gradients reach A, B and x (`thrifty.ops.packed_linear`).
 
     `merge` replaces the base by `merged_codes` of both, which loses something, and `unmerge` brings it back.
+
+    With `requantized` the layer multiplies by what merging gives already: y = float32(q_x q'^T) * (s_x * s') + b, (q',
+    s') = merged_codes(q_w, s_w, D). Gradients go straight through to D, and so to A and B; merging then loses nothing.
     """
+
+    #: Whether the adapter changes codes, as merging will, instead of adding to the product.
+    requantized: bool = False
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: peft.LoraConfig, r: int, lora_alpha: int, **kwargs: Any
@@ -60,12 +69,15 @@ class LoraPackedLinear(nn.Module, LoraLayer):
         if self.disable_adapters or self.merged:
             return base(x)
         x = base.normed(x)
-        y = base.product(x)
-        for name in self._active():
-            a, b = self._matrices(name)
-            seen = self.lora_dropout[name](x.to(a.dtype))
-            y = y + F.linear(F.linear(seen, a), b).to(y.dtype) * self.scaling[name]
-        return y
+        if not self.requantized:
+            y = base.product(x)
+            return y + self._added(x).to(y.dtype)
+        y = base.product(x, weight=self._merged(self._active()))
+        if not torch.is_grad_enabled():
+            return y
+        # Zero, with the gradients that the adapters have where they are added.
+        added = self._added(x.detach())
+        return y + (added - added.detach()).to(y.dtype)
 
     @torch.no_grad()
     def delta(self, names: Collection[str] | None = None) -> Tensor:
@@ -84,9 +96,8 @@ class LoraPackedLinear(nn.Module, LoraLayer):
         if not names:
             return
         base = self._base()
-        codes, scale = merged_codes(base.codes(), base.weight_scale, self.delta(names), base.kind)
         self._unmerged.append((base.packed, base.weight_scale))
-        base.packed, base.weight_scale = ops.pack_weight(codes), stored_scale(scale)
+        base.packed, base.weight_scale = self._merged(names)
         self.merged_adapters += names
 
     def unmerge(self) -> None:
@@ -95,6 +106,23 @@ class LoraPackedLinear(nn.Module, LoraLayer):
         while self._unmerged:
             base.packed, base.weight_scale = self._unmerged.pop()
         self.merged_adapters.clear()
+
+    @torch.no_grad()
+    def _merged(self, names: Collection[str]) -> tuple[Tensor, Tensor]:
+        """Kernel layout and scale of the base with adapters."""
+        base = self._base()
+        codes, scale = merged_codes(base.codes(), base.weight_scale, self.delta(names), base.kind)
+        return ops.pack_weight(codes), stored_scale(scale)
+
+    def _added(self, x: Tensor) -> Tensor:
+        """What the active adapters add to the product."""
+        total: Tensor | None = None
+        for name in self._active():
+            a, b = self._matrices(name)
+            seen = self.lora_dropout[name](x.to(a.dtype))
+            one = F.linear(F.linear(seen, a), b) * self.scaling[name]
+            total = one if total is None else total + one
+        return x.new_zeros(()) if total is None else total
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         # peft's own does not know the layer, and warns.
@@ -166,6 +194,13 @@ def load_adapter(model: Any, folder: str | Path, trainable: bool = False) -> pef
         return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
 
 
+def requantize(model: nn.Module) -> None:
+    """Let the adapters of packed layers change their codes, as merging will (`LoraPackedLinear.requantized`)."""
+    for module in model.modules():
+        if isinstance(module, LoraPackedLinear):
+            module.requantized = True
+
+
 def merge_adapter(model: peft.PeftModel) -> tuple[Any, list[MergedLayer]]:
     """The model without its adapter, which its layers have taken in, and what that lost, layer by layer.
 
@@ -200,7 +235,7 @@ def merged_codes(codes: Tensor, scale: Tensor, delta: Tensor, kind: ops.Kind = "
     s = scale.float()
     wanted = codes * s + delta
     found = codes
-    for _ in range(20):
+    for _ in range(STEPS):
         found = torch.where(wanted > 0, 1, -1) if kind == "binary" else (wanted / s).round_().clamp_(-1, 1)
         kept = found != 0
         nearest = (wanted * found).sum() / kept.sum().clamp(min=1)

@@ -65,10 +65,14 @@ class PackedBitLinear(nn.Module):
         """What of x is quantised: x after the norms that the layer applies to its input."""
         return normalize(x if self.rms_norm is None else self.rms_norm(x), self.norm)
 
-    def product(self, x: Tensor, norm: bool = False) -> Tensor:
-        """The layer's answer to `normed(x)`; norm: to x itself, of which the RMS norm without gain is left to take."""
+    def product(self, x: Tensor, norm: bool = False, weight: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The layer's answer to `normed(x)`; norm: to x itself, of which the RMS norm without gain is left to take.
+
+        weight: other bytes and another scale to multiply by than those of the layer.
+        """
         shape = self.out_features, self.in_features
-        y = ops.packed_linear(x, self.packed, shape, self.weight_scale.float(), self.bias, norm)
+        packed, scale = (self.packed, self.weight_scale) if weight is None else weight
+        y = ops.packed_linear(x, packed, shape, scale.float(), self.bias, norm)
         device = x.device.type
         return y.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
 

@@ -15,7 +15,8 @@ from thrifty.checkpoint.hub import resolve
 from thrifty.errors import ThriftyError
 from thrifty.models import ThriftyForCausalLM, save_packed
 from thrifty.nn import BitLinear, pack
-from thrifty.nn.lora import MergedLayer, load_adapter, merge_adapter
+from thrifty.nn.lora import MergedLayer, load_adapter, merge_adapter, requantize
+from thrifty.train.checkpoints import read_record
 from thrifty.train.evaluate import bits_per_byte
 from thrifty.train.initial import FAMILIES
 from thrifty.train.start import copy_texts
@@ -54,7 +55,11 @@ def load_adapted(folder: Path) -> Any:
     family = FAMILIES[kind][1] if kind in FAMILIES else ThriftyForCausalLM
     model = family.from_pretrained(base, dtype=torch.float32)
     packed = pack(model) if any(isinstance(module, BitLinear) for module in model.modules()) else model
-    return load_adapter(packed, folder).eval()
+    adapted = load_adapter(packed, folder).eval()
+    settings = read_record(folder).get("settings", {})
+    if settings.get("recipe", {}).get("training", {}).get("lora_requantized"):
+        requantize(adapted)
+    return adapted
 
 
 def merge_folder(

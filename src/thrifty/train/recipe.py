@@ -176,6 +176,8 @@ class Tuning:
     lora_dropout: float = 0.0
     #: Layers with adapters, by the last parts of their names, with commas between; all: all linear ones.
     lora_targets: str = "all"
+    #: Adapters change codes, as merging them does, which then loses nothing; else they add to the products of the base.
+    lora_requantized: bool = False
     #: Recompute activations in the backward: less memory, a third more time.
     gradient_checkpointing: bool = False
     #: Steps between two looks at the held-out rows.

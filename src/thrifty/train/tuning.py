@@ -293,6 +293,10 @@ def _trainer(recipe: Recipe, prepared: list[tuple[Dataset, int]], arguments: dic
         reference = None if tuning.lora_rank else copy.deepcopy(options["model"]).requires_grad_(False)
         trainer = Preferring(args=DPOConfig(**arguments), ref_model=reference, **options)
     trainer.remove_callback(PrinterCallback)
+    if tuning.lora_rank and tuning.lora_requantized:
+        from thrifty.nn.lora import requantize
+
+        requantize(trainer.model)
     return trainer
 
 
