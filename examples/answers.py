@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from thrifty.models import ThriftyForCausalLM
+from thrifty.models import ThriftyConfig
 from thrifty.nn import PackedBitLinear
 from thrifty.train.recipe import find_recipe
 from thrifty.train.tuning import TuningResult, tune
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="of every recipe")
     options = parser.parse_args()
     talks, pairs = write_rows(options.out, options.rows)
-    positions = ThriftyForCausalLM.config_class.from_pretrained(options.model).max_position_embeddings
+    positions = ThriftyConfig.from_pretrained(options.model).max_position_embeddings
     common = {"sequence_length": min(128, positions), **dict(field.split("=", 1) for field in options.set)}
     starts = {"sft": options.model, "dpo": options.out / "sft", "lora": options.model}
     for name, start in starts.items():

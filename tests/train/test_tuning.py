@@ -1,8 +1,10 @@
 """Tuning models that are there: each method on each family, what is learned, resumption, and what is refused."""
 
+import importlib
 import json
 import shutil
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -305,3 +307,19 @@ def test_an_adapter_without_its_base_is_refused(folders, data, tmp_path):
     shutil.rmtree(start)
     with pytest.raises(ThriftyError, match=r"the model of the adapter must be there; .* which is no model"):
         merging.load_adapted(tmp_path / "run")
+
+
+def test_the_example_makes_rows_and_says_what_came_out(folders, tmp_path, monkeypatch, capsys):
+    examples = Path(__file__).parents[2] / "examples"
+    monkeypatch.syspath_prepend(examples)
+    fields = ["--set", "steps=1", "--set", "batch_size=2", "--set", "lora_alpha=8"]
+    monkeypatch.setattr("sys.argv", ["answers", str(folders["bitnet"]), "--out", str(tmp_path), "--rows", "8", *fields])
+    importlib.import_module("answers").main()
+    said = capsys.readouterr().out
+    assert [line.split()[:2] for line in said.splitlines() if "->" in line] == [
+        ["sft", "loss"],
+        ["dpo", "loss"],
+        ["dpo", "rewards/margins"],
+        ["lora", "loss"],
+    ]
+    assert "MB of packed layers" in said

@@ -287,7 +287,7 @@ def _trainer(recipe: Recipe, prepared: list[tuple[Dataset, int]], arguments: dic
     options["eval_dataset"] = prepared[1][0] if len(prepared) > 1 else None
     if recipe.method == "sft":
         collator = PackedRows(options["processing_class"].pad_token_id) if tuning.packing else None
-        trainer = Supervised(args=SFTConfig(**arguments), data_collator=collator, **options)
+        trainer: Any = Supervised(args=SFTConfig(**arguments), data_collator=collator, **options)
     else:
         # The adapter can be left out of the model, which is the reference then.
         reference = None if tuning.lora_rank else copy.deepcopy(options["model"]).requires_grad_(False)
