@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_one_sentence_before_the_folder_is_touched(folders,
     long = CONTINUE.override(sequence_length=64)
     refused("a recipe must have a shape for a new model; continue has none; give a model to go on from by --from")
     refused("sequence_length must be at most the 32 positions of .*; got 64", long, start=llama)
-    refused("a teacher goes with a distill_weight .*; got one without a teacher; give", DISTILL, start=llama)
+    refused("a teacher goes with a distill_weight .*; got such a weight and no teacher; give", DISTILL, start=llama)
     refused("a teacher goes with .*; got a teacher and none of them; --recipe distill has them", **both)
     refused("relation_layer must count layers .*, -1 to -2; got -3", DISTILL.override(relation_layer=-3), **both)
     other = shutil.copytree(llama, tmp_path / "other")

@@ -74,7 +74,7 @@ def open_given(
         rule = "[train] a teacher goes with a distill_weight or relation_weight above 0"
         got, way_out = ("a teacher and none of them", "--recipe distill has them")
         if teacher is None:
-            got, way_out = ("one without a teacher", "give the teacher's folder by --teacher")
+            got, way_out = ("such a weight and no teacher", "give the teacher's folder by --teacher")
         raise ThriftyError(f"{rule}; got {got}; {way_out}")
     given = Given() if start is None else _open_start(resolve(start), training.sequence_length)
     if tokenizer is not None:
