@@ -40,7 +40,7 @@ def test_an_unknown_preset_names_the_known():
     ("fields", "message"),
     [
         ({"stepz": 3}, "got stepz; did you mean steps?"),
-        ({"qqqqqq": 3}, "fields are adam_learning_rate, batch_size"),
+        ({"qqqqqq": 3}, "fields are accumulate, adam_learning_rate, batch_size"),
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"learning_rate": 2.0}, "learning_rate must lie between 0 and 1"),
         ({"adam_learning_rate": math.nan}, "adam_learning_rate must lie between 0 and 1; got nan"),

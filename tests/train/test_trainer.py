@@ -17,6 +17,7 @@ from thrifty.train.checkpoints import seal
 from thrifty.train.corpus import Corpus, Part
 from thrifty.train.evaluate import bits_per_byte
 from thrifty.train.recipe import find_recipe
+from thrifty.train.tokenizer import train_tokenizer
 
 TEXT = "".join(f"The {n}th line of a text that counts its lines.\n" for n in range(400))
 CORPUS = Corpus("lines", (Part("text", (TEXT,)),), "The last line of a text.\n" * 20)
@@ -194,7 +195,7 @@ def test_every_family_trains_and_goes_on_from_its_checkpoint(tmp_path, fields, k
 
 def test_a_step_can_be_timed():
     assert MICRO.shape is not None
-    model = module.new_model(MICRO.shape, module.train_tokenizer([TEXT], 280))
+    model = module.new_model(MICRO.shape, train_tokenizer([TEXT], 280))
     before = {name: p.clone() for name, p in model.named_parameters()}
     assert 0 < module.seconds_per_step(model, MICRO.training, count=1) < 60
     assert same(before, dict(model.named_parameters()))

@@ -4,7 +4,9 @@ A subcommand `NAME` is the module `thrifty.cli.NAME`. Its function `main`, annot
 docstring of that function is the help, and the module's `EPILOG`, where there is one, shows examples.
 """
 
+import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +18,8 @@ import typer
 import thrifty
 from thrifty.errors import ThriftyError, ThriftyWarning
 
+#: Seconds that the processes of a run leave to the first to say what is wrong.
+PATIENCE = 5
 #: Name of each subcommand, and its line in `thrifty --help`.
 COMMANDS = {
     "train": "Train a ternary language model on text.",
@@ -88,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except Exception as problem:
         sentence = describe(problem)
+        if os.environ.get("RANK", "0") != "0":
+            # What stops every process of a run is said by the first, and its end is the end of the others.
+            time.sleep(PATIENCE)
         if debug or sentence is None:
             traceback.print_exc()
             return 2 if sentence else 1

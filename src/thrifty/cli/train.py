@@ -119,7 +119,7 @@ def main(
     The folder gets the model with its latent weights, the tokenizer, checkpoints to resume from, TensorBoard logs
     (tensorboard --logdir runs), the loss curve as a picture, and a record of everything that decided the result.
     """
-    from thrifty.train.process import prepare_process
+    from thrifty.train.process import is_first, prepare_process, sequences_at_once, world_size
 
     prepare_process()
     from thrifty.train.recipe import find_recipe
@@ -140,8 +140,13 @@ def main(
     # All at once: some fields only fit together.
     chosen = find_recipe(recipe).override(**options | _fields(set_ or []))
     if chosen.method != "pretrain":
+        if world_size() > 1:
+            rule = "[train] only recipes of the method pretrain are computed by several processes"
+            raise ThriftyError(f"{rule}; got {chosen.name}; start it without a launcher")
         _tune(text or [], dataset or [], from_, chosen, output, heldout, resume, max_minutes)
         return
+    # Before a text is fetched.
+    sequences_at_once(chosen.training.batch_size, chosen.training.accumulate)
     corpus, name = _corpus(
         text or [],
         dataset or [],
@@ -156,7 +161,7 @@ def main(
 
     from thrifty.train.trainer import train
 
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, quiet=not is_first())
     limits = {"resume": resume, "max_minutes": max_minutes}
     models = {"start": from_, "teacher": teacher, "tokenizer": None if tokenizer in _TRAINED else tokenizer}
     result = train(corpus, chosen, folder, console=console, **models, **limits)
@@ -166,7 +171,8 @@ def main(
     console.print(f"[bold]curve[/]   {folder / 'loss.png'}")
     console.print(f"[bold]report[/]  {folder / 'report.html'}")
     console.print(f"[bold]next[/]    thrifty pack {folder} {folder}-packed")
-    typer.echo(folder)
+    if is_first():
+        typer.echo(folder)
 
 
 def _tune(

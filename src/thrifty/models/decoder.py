@@ -322,7 +322,10 @@ class ThriftyForCausalLM(ThriftyPreTrainedModel, Generation, GenerationMixin):
                 mask = attention_mask[:, -hidden.last_hidden_state.shape[1] :]
             aux_loss = load_balance_loss(hidden.router_logits, self.config.num_experts_per_tok, mask)
             if loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss
+                # Of a batch that is computed in parts, each adds its share.
+                items = kwargs.get("num_items_in_batch")
+                share = 1 if items is None or labels is None else labels[..., 1:].ne(-100).sum() / items
+                loss = loss + self.config.router_aux_loss_coef * share * aux_loss
         output = MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,  # pyright: ignore[reportArgumentType]

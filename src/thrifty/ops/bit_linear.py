@@ -8,6 +8,7 @@ from torch import Tensor
 from thrifty.errors import ThriftyError
 from thrifty.ops.dispatch import is_fused
 from thrifty.ops.quantize_per_token import quantize_rows
+from thrifty.ops.sharded_weight import GatheredWeight
 from thrifty.spec import quantizers
 
 #: Weight quantizers by name.
@@ -45,6 +46,8 @@ def quantize_weight(weight: Tensor, kind: Kind = "ternary") -> tuple[Tensor, Ten
 
     s = bf16(max(mean |w|, 1e-5)); ternary c = clip(round(w / s), -1, 1); binary c = +1 where w > mean(w), else -1.
     """
+    if isinstance(weight, GatheredWeight):
+        return weight.quantized()
     w = weight.detach().float()
     scale = quantizers.absmean(w, torch, _round_bf16)
     codes = quantizers.ternary_codes(w, scale, torch) if kind == "ternary" else quantizers.binary_codes(w, torch)

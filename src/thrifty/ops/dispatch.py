@@ -4,6 +4,7 @@ import ctypes
 import sys
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,11 @@ def use_native(x: Tensor) -> bool:
         return False
     _share_threads()
     return True
+
+
+def as_array(x: Tensor) -> np.ndarray:
+    """The memory of x. `x.numpy()` would tie it down, and FSDP2 frees the parameters of layers that have run."""
+    return np.from_dlpack(x.detach().contiguous())
 
 
 def is_fused() -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from thrifty import native
+from thrifty.ops.dispatch import as_array
 from thrifty.ops.documents import pieces
 
 #: Most experts of a head.
@@ -74,4 +75,4 @@ def routed_experts(x: Tensor, scores: Tensor, down: Tensor, up: Tensor, k: int, 
 
 
 def _array(x: Tensor) -> np.ndarray:
-    return x.detach().float().contiguous().numpy()
+    return as_array(x.float())

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from thrifty import native, spec
 from thrifty.errors import ThriftyError
-from thrifty.ops.dispatch import use_native
+from thrifty.ops.dispatch import as_array, use_native
 from thrifty.ops.glu import activation
 
 #: Elements gathered, or summed in pairs, at once where there is no kernel that gathers nothing.
@@ -254,11 +254,9 @@ def _call_native(
 ) -> tuple[Any, Any]:
     """native.product_key_experts over tensors: (hidden, y)."""
     dtype = (up if down is None else down).dtype
-    arrays = [None if t is None else t.detach().contiguous().numpy() for t in (x, indices, weights)]
+    arrays = [None if t is None else as_array(t) for t in (x, indices, weights)]
     # numpy has no bfloat16: 16-bit tables go as their bits.
-    tables = [
-        None if t is None else (t if t.dtype == torch.float32 else t.view(torch.int16)).detach() for t in (down, up)
-    ]
-    tables = [None if t is None else t.numpy() for t in tables]
+    tables = [None if t is None else (t if t.dtype == torch.float32 else t.view(torch.int16)) for t in (down, up)]
+    tables = [None if t is None else as_array(t) for t in tables]
     hidden, y = native.product_key_experts(*arrays, *tables, act, _NATIVE_DTYPES[dtype])  # pyright: ignore
     return None if hidden is None else torch.from_numpy(hidden), None if y is None else torch.from_numpy(y)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from thrifty import native
 from thrifty.errors import ThriftyError
-from thrifty.ops.dispatch import is_fused, use_native
+from thrifty.ops.dispatch import as_array, is_fused, use_native
 from thrifty.spec.quantize_per_token import LANES
 from thrifty.spec.quantizers import EPS, absmax_codes
 
@@ -43,7 +43,7 @@ def quantize_per_token(
 def _rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     rows = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
     if use_native(rows):
-        y = torch.from_numpy(native.rms_norm(rows.numpy(), None if gain is None else _array(gain), eps))
+        y = torch.from_numpy(native.rms_norm(rows.numpy(), None if gain is None else as_array(gain.float()), eps))
     else:
         y = _rms_norm_text(rows, gain, eps)
     return y.to(x.dtype).reshape(x.shape)
@@ -77,7 +77,9 @@ _rms_norm.register_autograd(_rms_norm_backward, setup_context=_rms_norm_setup)
 def _quantize_per_token(x: Tensor, gain: Tensor | None, eps: float, norm: bool) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
     if use_native(rows):
-        codes, scales = native.quantize_per_token(rows.numpy(), None if gain is None else _array(gain), eps, norm)
+        codes, scales = native.quantize_per_token(
+            rows.numpy(), None if gain is None else as_array(gain.float()), eps, norm
+        )
         return torch.from_numpy(codes).view(x.shape), torch.from_numpy(scales).view(x.shape[:-1])
     return _quantize_text(_rms_norm_text(x.float(), gain, eps) if norm else x.float())
 
@@ -112,7 +114,3 @@ def _rms_norm_text(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     root = torch.sqrt((lanes / torch.full_like(lanes, d) + eps).double()).float()
     y = x * (torch.ones_like(root) / root)
     return y if gain is None else y * gain.float()
-
-
-def _array(gain: Tensor):
-    return gain.detach().float().contiguous().numpy()

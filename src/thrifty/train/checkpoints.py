@@ -12,6 +12,8 @@ from thrifty.errors import ThriftyError, ThriftyWarning
 
 CHECKPOINTS = "checkpoints"
 RECORD = "training.json"
+#: Settings that say how a step is computed and not what, so that a run may go on with others: on fewer GPUs, say.
+FREE = ("recipe.training.accumulate",)
 #: The file of a checkpoint that is written last.
 SEAL = "seal.json"
 
@@ -117,7 +119,9 @@ def _same_run(record: Path, settings: dict[str, Any]) -> None:
     # JSON has no tuples: compare what a reader of the file would see.
     old, new = _flat(before), _flat(json.loads(json.dumps(settings)))
     changed = [
-        f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)
+        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+        for key in new | old
+        if old.get(key) != new.get(key) and key not in FREE
     ]
     if changed:
         raise ThriftyError(f"[train] {record.parent} holds a run with other settings: {changed[0]}; {way_out}")

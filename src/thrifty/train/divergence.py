@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from thrifty.checkpoint import atomic_file
 from thrifty.errors import ThriftyError
+from thrifty.train.shards import local
 
 #: The batch of the step whose loss was not finite, in the folder of the run.
 DIVERGED = "diverged.json"
@@ -36,6 +37,6 @@ def check_loss(
 def check_weights(model: nn.Module, step: int) -> None:
     """Raises ThriftyError where a weight is not finite: such a checkpoint would be of no use."""
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        if not local(parameter).isfinite().all():
             rule = f"[train] weights must be finite to be saved; {name} is not after step {step}"
             raise ThriftyError(f"{rule}; {WAY_OUT}; the checkpoints before are whole")

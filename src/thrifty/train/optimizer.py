@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from thrifty.train.recipe import Training
+from thrifty.train.shards import is_sharded, local, spread
 
 
 def build_optimizer(model: nn.Module, training: Training) -> "MuonWithAdam":
@@ -48,44 +49,62 @@ class MuonWithAdam(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["steps"] += 1
-            given = [(p, p.grad) for p in group["params"] if p.grad is not None]
+            given = [p for p in group["params"] if p.grad is not None]
             if group["weight_decay"]:
-                for p, _ in given:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                for p in given:
+                    local(p).mul_(1 - group["lr"] * group["weight_decay"])
             (self._muon if group["muon"] else self._adam)(group, given)
         return loss
 
-    def _muon(self, group: dict[str, Any], given: list[tuple[Tensor, Tensor]]) -> None:
-        momentum = group["momentum"]
-        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        for p, gradient in given:
-            alike.setdefault((min(p.shape), max(p.shape)), []).append((p, gradient))
+    def _muon(self, group: dict[str, Any], given: list[Tensor]) -> None:
+        alike: dict[tuple[int, int], list[Tensor]] = {}
+        for p in given:
+            alike.setdefault((min(p.shape), max(p.shape)), []).append(p)
         # Matrices of one shape are orthogonalised together: a few large products beat many small ones.
         for (_, longer), members in alike.items():
-            updates = []
-            for p, gradient in members:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                buffer = state["momentum"].lerp_(gradient, 1 - momentum)
-                update = torch.lerp(gradient, buffer, momentum)
-                updates.append(update if p.shape[0] <= p.shape[1] else update.T)
-            directions = orthogonalize(torch.stack(updates)).float()
-            for (p, _), direction in zip(members, directions, strict=True):
-                turned = direction if p.shape[0] <= p.shape[1] else direction.T
-                p.add_(turned, alpha=-group["lr"] * math.sqrt(longer))
+            updates = [self._update(p, group["momentum"]) for p in members]
+            directions = (
+                orthogonalize_shards(updates, members) if is_sharded(members[0]) else orthogonalize_all(updates)
+            )
+            for p, direction in zip(members, directions, strict=True):
+                local(p).add_(direction.float(), alpha=-group["lr"] * math.sqrt(longer))
 
-    def _adam(self, group: dict[str, Any], given: list[tuple[Tensor, Tensor]]) -> None:
+    def _update(self, p: Tensor, momentum: float) -> Tensor:
+        """What is orthogonalised, in bfloat16, as it will be computed with."""
+        state, gradient = self.state[p], local(p.grad)
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        buffer = local(state["momentum"]).lerp_(gradient, 1 - momentum)
+        return torch.lerp(gradient, buffer, momentum).to(torch.bfloat16)
+
+    def _adam(self, group: dict[str, Any], given: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
         correction1, correction2 = 1 - beta1 ** group["steps"], 1 - beta2 ** group["steps"]
-        for p, gradient in given:
-            state = self.state[p]
+        for p in given:
+            state, gradient = self.state[p], local(p.grad)
             if not state:
                 state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
-            mean = state["mean"].lerp_(gradient, 1 - beta1)
-            square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            mean = local(state["mean"]).lerp_(gradient, 1 - beta1)
+            square = local(state["square"]).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             root = (square / correction2).sqrt_().add_(group["eps"])
-            p.addcdiv_(mean, root, value=-group["lr"] / correction1)
+            local(p).addcdiv_(mean, root, value=-group["lr"] / correction1)
+
+
+def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonalize` of matrices of one shape, or of that shape turned."""
+    wide = [m if m.shape[0] <= m.shape[1] else m.T for m in matrices]
+    directions = orthogonalize(torch.stack(wide))
+    return [d if m.shape[0] <= m.shape[1] else d.T for m, d in zip(matrices, directions, strict=True)]
+
+
+def orthogonalize_shards(rows: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
+    """`orthogonalize_all` of matrices whose rows are spread over processes; each process works on its share of them.
+
+    rows: those that this process has of each matrix; parameters: their parameters, sharded by rows. Returns the same
+    rows of the results. What travels is bfloat16, which the result is computed and given in anyhow.
+    """
+    mesh: Any = parameters[0].device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    return spread(rows, [tuple(p.shape) for p in parameters], orthogonalize_all, mesh.get_group())
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -94,7 +113,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     Five Newton-Schulz steps X ← a X + (b S + c S²) X, S = X Xᵀ, on X scaled to norm one, with Jordan's coefficients.
     """
     x = matrices.to(torch.bfloat16)
-    x = x / (matrices.flatten(1).norm(dim=1)[:, None, None] + 1e-7).to(torch.bfloat16)
+    x = x / (x.float().flatten(1).norm(dim=1)[:, None, None] + 1e-7).to(torch.bfloat16)
     for _ in range(5):
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315), x, beta=3.4445)

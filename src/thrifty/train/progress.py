@@ -1,10 +1,13 @@
 """What a person sees while a model trains: a bar, losses, the time left."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 
 class ProgressBar(TrainerCallback):
@@ -50,3 +53,18 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.stop()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without bars and remarks of transformers (that a checkpoint holds tied weights once, say): there is a bar."""
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -26,6 +26,8 @@ MODELS = {
 }
 #: Shapes of the rise of quantisation (`thrifty.train.warmup`).
 CURVES = ("linear", "exponential", "sigmoid")
+#: What is spread over processes (`thrifty.train.sharding`).
+SHARDINGS = ("none", "fsdp", "fsdp-2bit")
 LINEARS = ("default", "ternary", "binary", "dense")
 #: What can be done with a recipe, and the class of its settings.
 METHODS = {
@@ -73,7 +75,7 @@ class Training:
 
     #: Optimizer steps.
     steps: int
-    #: Sequences in a step.
+    #: Sequences in a step, of all processes together.
     batch_size: int
     #: Tokens in a sequence.
     sequence_length: int
@@ -120,6 +122,11 @@ class Training:
     document_mask: bool = False
     #: Compile the layers for training, where there is a C++ compiler: half a minute, then steps in half the time.
     compile: bool = False
+    #: Parts in which a process computes its sequences of a step, one after the other, where memory is short.
+    accumulate: int = 1
+    #: What processes share out beside the batch: none; fsdp: parameters, gradients and optimizer state; fsdp-2bit: the
+    #: same, and of ternary weights only codes are gathered.
+    sharding: str = "none"
     #: Steps between two looks at the held-out text.
     eval_every: int = 50
     #: Steps between two checkpoints.
@@ -127,10 +134,11 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "sequence_length", "eval_every", "save_every")
+        counts = ("steps", "batch_size", "sequence_length", "accumulate", "eval_every", "save_every")
         check(self, "be at least 1", lambda count: count >= 1, *counts)
         check(self, "lie between 0 and 1", lambda rate: 0 < rate < 1, "learning_rate", "adam_learning_rate")
         check(self, "be at least 0 and below 1", lambda moment: 0 <= moment < 1, "momentum", "beta1", "beta2")
+        check_choice(self, "sharding", SHARDINGS)
         shares = ("hold", "floor", "first_stage", "first_floor", "second_rate")
         check(self, "be a share from 0 to 1", lambda share: 0 <= share <= 1, *shares)
         sizes = ("warmup", "weight_decay", "clip", "output_scale", "seed", "distill_weight", "relation_weight")
@@ -140,6 +148,9 @@ class Training:
         positive = ("quantization_steepness", "distill_temperature")
         check(self, "be above 0 and finite", lambda size: 0 < size < math.inf, *positive)
         check(self, "count layers from the end, -1 for the last", lambda layer: layer < 0, "relation_layer")
+        if self.sharding == "fsdp-2bit" and self.quantization_warmup:
+            rule = "[train] quantisation must not warm up where only codes are gathered"
+            raise ThriftyError(f"{rule}; got {self.quantization_warmup} of the run; choose sharding=fsdp")
         if self.hold > self.first_stage:
             rule = f"[train] hold must end before the first stage does, at {self.first_stage}"
             raise ThriftyError(f"{rule}; got {self.hold}; hold the learning rates for a smaller share")

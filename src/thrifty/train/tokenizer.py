@@ -113,3 +113,10 @@ def _fetched(name: str) -> Path:
     except Exception as problem:  # what a connection raises depends on the version of the hub's client
         reason = " ".join(str(problem).split())[:200]
         raise ThriftyError(f"{rule} ({reason}); check the path") from problem
+
+
+def tokenizer_json(texts: Iterable[str], vocab_size: int, run: Path | None) -> str:
+    """The tokenizer that the folder of a run holds, or else one of the texts, as JSON."""
+    if run is not None and (run / "tokenizer.json").exists():
+        return (run / "tokenizer.json").read_text(encoding="utf-8")
+    return train_tokenizer(texts, vocab_size).to_str()

@@ -5,8 +5,8 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 import transformers
 from rich.console import Console
 from tokenizers import Tokenizer
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import thrifty
 from thrifty.checkpoint import UnwritableError
@@ -27,18 +27,21 @@ from thrifty.train.corpus import Corpus
 from thrifty.train.curve import plot
 from thrifty.train.diagnostics import Diagnostics
 from thrifty.train.distillation import Distillation, load_teacher
+from thrifty.train.distributed import from_first, join
 from thrifty.train.divergence import check_loss, check_weights
 from thrifty.train.evaluate import bits_per_byte
 from thrifty.train.event_files import event_files
 from thrifty.train.initial import initialize, new_model
 from thrifty.train.optimizer import Schedule, build_optimizer
 from thrifty.train.packing import training_blocks
-from thrifty.train.progress import ProgressBar
+from thrifty.train.process import is_first, sequences_at_once, world_size
+from thrifty.train.progress import ProgressBar, quiet
 from thrifty.train.recipe import Recipe, Training
 from thrifty.train.report import Report
+from thrifty.train.sharding import Sharded, gathered_bytes, shard, whole_model
 from thrifty.train.start import Given, copy_texts, fit_sub_norms, load_start, low_bit_model, open_given
 from thrifty.train.stream import StreamedBlocks
-from thrifty.train.tokenizer import save_tokenizer, train_tokenizer
+from thrifty.train.tokenizer import save_tokenizer, tokenizer_json
 from thrifty.train.warmup import QuantizationWarmup
 
 #: Sequences on which inserted norms are fitted.
@@ -138,6 +141,10 @@ class CausalTrainer(Trainer):
             raise ThriftyError(f"[train] {folder} could not be written: {reason}; {way_out}") from problem
 
 
+class ShardedTrainer(Sharded, CausalTrainer):
+    """`CausalTrainer` of a model that is spread over processes."""
+
+
 def train(
     corpus: Corpus,
     recipe: Recipe,
@@ -163,22 +170,30 @@ def train(
 
     Dense parameters are rounded to bf16 at the end, so that packing loses nothing.
 
-    Errors: an empty or too short text, a folder that holds another run, a damaged checkpoint, a full disk.
+    Every process of a launcher calls this with the same arguments, and computes its share of each batch. The first one
+    writes; the results are the same, but for the model of a sharded run (`training.sharding`), whole on the first only.
+
+    Errors: a batch that the processes do not divide, an empty or too short text, a folder that holds another run, a
+    damaged checkpoint, a full disk.
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, quiet=not is_first())
+    sharded = recipe.training.sharding != "none"
+    sequences_at_once(recipe.training.batch_size, recipe.training.accumulate)
+    join(sharded)
     given = open_given(start, teacher, recipe.training, tokenizer)
     settings = {"recipe": asdict(recipe), "corpus": corpus.record(), "max_minutes": max_minutes}
     settings |= {"start": start and str(start), "teacher": teacher and str(teacher)}
     settings |= {"tokenizer": tokenizer and str(tokenizer)}
-    checkpoint = checkpoint_to_resume(output, settings, resume)
+    checkpoint = from_first(lambda: checkpoint_to_resume(output, settings, resume))
     set_seed(recipe.training.seed)
     model, pieces, original = _model(corpus, recipe, given, output if checkpoint else None)
-    compiled = recipe.training.compile and can_compile()
+    compiled = recipe.training.compile and not sharded and can_compile()
     if compiled:
         model.compile_layers()
     started = time.perf_counter()
     guide = _teacher(given)
-    training = _in_time(model, guide, recipe.training, max_minutes, read_record(output) if checkpoint else {})
+    before = read_record(output) if checkpoint else {}
+    training = from_first(lambda: _in_time(model, guide, recipe.training, max_minutes, before))
     _greet(console, corpus, recipe, training, model, output, checkpoint)
     if compiled:
         console.print("        the first step takes half a minute: the layers are compiled")
@@ -191,21 +206,28 @@ def train(
             console.print(f"        its logits alone: {distillation.why_no_relations}")
     # Everything fits: only now is the folder touched.
     if checkpoint is None:
-        clear_run(output, fresh=resume is False)
+        from_first(lambda: clear_run(output, fresh=resume is False))
         if original is not None:
             sample = [blocks[i]["input_ids"] for i in range(min(len(blocks), SAMPLE))]
             fit_sub_norms(model, original, torch.stack(sample).to(model.device))
     # It shares its tensors with the model that is trained.
     del original
-    if given.folder is None:
-        save_tokenizer(pieces, output, model.config.max_position_embeddings)
-    else:
-        copy_texts(given.folder, output)
-    write_record(output, {"settings": settings, "finished": False, "steps": training.steps})
+    from_first(lambda: _begin(output, given, pieces, model, settings, training))
+    make, kind = CausalTrainer, type(model)
+    if sharded:
+        make = ShardedTrainer
+        shard(model, two_bits=training.sharding == "fsdp-2bit")
+        sent, floats = (f"{size / 1e6:.2f} MB" for size in gathered_bytes(model))
+        console.print(f"        sharded: a forward pass gathers {sent} of weights, which are {floats} as floats")
     diagnostics = Diagnostics(pieces, glance, training, scale)
     report = Report(output, console)
-    with quiet(), event_files(output / "logs") as events, ProgressBar(console, scale) as bar:
-        trainer = CausalTrainer(
+    with quiet(), ExitStack() as stack:
+        # What decides when there is a log, and looks at sharded weights, is the same on all processes.
+        callbacks: list[TrainerCallback] = [QuantizationWarmup(model, training), diagnostics]
+        if is_first():
+            events = stack.enter_context(event_files(output / "logs"))
+            callbacks += [stack.enter_context(ProgressBar(console, scale)), events, report]
+        trainer = make(
             training=training,
             tokenizer=pieces,
             since=started,
@@ -214,7 +236,7 @@ def train(
             args=_arguments(training, output, glance is not None),
             train_dataset=blocks,
             eval_dataset=glance,
-            callbacks=[QuantizationWarmup(model, training), diagnostics, bar, events, report],
+            callbacks=callbacks,
         )
         trainer.remove_callback(PrinterCallback)
         _run(trainer, checkpoint)
@@ -222,24 +244,43 @@ def train(
         distillation.close()
     # The trainer wraps the model's forward in autocast; what it leaves computes as the saved model does.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    with quiet():
+    if sharded:
+        model = whole_model(model, kind)
+    if is_first() or not sharded:
         round_dense_parameters(model)
-        model.save_pretrained(output)
     history = trainer.state.log_history
+    precision = "bfloat16" if trainer.args.bf16 else "float32"
+    record = {"settings": settings, "finished": True, "steps": training.steps, "precision": precision}
+    record = from_first(lambda: _finish(output, model, pieces, corpus, training, report, history, record))
+    return TrainingResult(model, pieces, history, record)
+
+
+def _begin(output: Path, given: Given, tokenizer: Tokenizer, model, settings, training: Training) -> None:
+    """What the folder of a run holds before its first step."""
+    if given.folder is None:
+        save_tokenizer(tokenizer, output, model.config.max_position_embeddings)
+    else:
+        copy_texts(given.folder, output)
+    write_record(output, {"settings": settings, "finished": False, "steps": training.steps})
+
+
+def _finish(
+    output: Path, model, tokenizer, corpus: Corpus, training: Training, report: Report, history, record
+) -> dict[str, Any]:
+    """Save and judge the trained model; returns the whole record."""
+    with quiet():
+        model.save_pretrained(output)
     plot(history, output / "loss.png")
-    record = {
-        "settings": settings,
-        "finished": True,
-        "steps": training.steps,
+    record = record | {
         "seconds": round(seconds_of(history), 1),
+        "processes": world_size(),
         "parameters": model.num_parameters(),
-        "bits_per_byte": heldout_bits_per_byte(model, pieces, corpus, training) if corpus.heldout else None,
-        "precision": "bfloat16" if trainer.args.bf16 else "float32",
+        "bits_per_byte": heldout_bits_per_byte(model, tokenizer, corpus, training) if corpus.heldout else None,
         "versions": versions(),
     }
     write_record(output, record)
     report.write(history)
-    return TrainingResult(model, pieces, history, record)
+    return record
 
 
 def seconds_of(history: Sequence[dict[str, float]]) -> float:
@@ -281,12 +322,10 @@ def _model(
     if recipe.shape is None:
         rule = f"[train] a recipe must have a shape for a new model; {recipe.name} has none"
         raise ThriftyError(f"{rule}; give a model to go on from by --from, or choose another (--recipe list)")
-    tokenizer = given.tokenizer
-    if tokenizer is None and resumed is not None and (resumed / "tokenizer.json").exists():
-        tokenizer = Tokenizer.from_file(str(resumed / "tokenizer.json"))
+    vocab_size, tokenizer = recipe.shape.vocab_size, given.tokenizer
     if tokenizer is None:
         texts = (text for part in corpus.parts for _ in range(part.vocabulary_weight) for text in part.documents)
-        tokenizer = train_tokenizer(texts, recipe.shape.vocab_size)
+        tokenizer = Tokenizer.from_str(from_first(lambda: tokenizer_json(texts, vocab_size, resumed)))
     model = new_model(recipe.shape, tokenizer, given.begin_token())
     initialize(model, recipe.training)
     return model, tokenizer, None
@@ -301,11 +340,15 @@ def _teacher(given: Given) -> PreTrainedModel | None:
 
 
 def _arguments(training: Training, output: Path, evaluate: bool) -> TrainingArguments:
-    return TrainingArguments(
+    sequences = sequences_at_once(training.batch_size, training.accumulate)
+    arguments = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
         max_steps=training.steps,
-        per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=training.batch_size,
+        per_device_train_batch_size=sequences,
+        gradient_accumulation_steps=training.accumulate,
+        # Sequences that are left over count once only where each is a batch.
+        per_device_eval_batch_size=sequences if world_size() == 1 else 1,
+        ddp_find_unused_parameters=False,
         max_grad_norm=training.clip,
         logging_steps=max(training.steps // 200, 1),
         eval_strategy="steps" if evaluate else "no",
@@ -324,6 +367,9 @@ def _arguments(training: Training, output: Path, evaluate: bool) -> TrainingArgu
         # What is written here goes to config.json, and a model without its cache generates at a crawl.
         use_cache=True,
     )
+    # Where there are several GPUs and no launcher, one is used, and the batch is not multiplied by their number.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def has_fast_bf16() -> bool:
@@ -359,16 +405,17 @@ def seconds_per_step(
     """Time of a step on a copy of the model, with the teacher's part: the median of `count` after one to warm up."""
     copy = deepcopy(model)
     optimizer = build_optimizer(copy, training)
-    size = (training.batch_size, training.sequence_length)
+    size = (sequences_at_once(training.batch_size, training.accumulate), training.sequence_length)
     tokens = torch.randint(model.config.vocab_size, size, device=model.device)
     times = []
     for _ in range(count + 1):
         start = time.perf_counter()
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
-            loss = copy(input_ids=tokens, labels=tokens).loss
-            if teacher is not None:
-                teacher(input_ids=tokens, use_cache=False)
-        loss.backward()
+        for _ in range(training.accumulate):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
+                loss = copy(input_ids=tokens, labels=tokens).loss
+                if teacher is not None:
+                    teacher(input_ids=tokens, use_cache=False)
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - start)
@@ -400,22 +447,6 @@ def _run(trainer: Trainer, checkpoint: Path | None) -> None:
         raise ThriftyError(f"{rule}; delete that folder to go on from the one before, or start by --fresh") from problem
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without bars and remarks of transformers (that a checkpoint holds tied weights once, say): there is a bar."""
-    logging = transformers.utils.logging
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _greet(console, corpus: Corpus, recipe: Recipe, training: Training, model, output: Path, checkpoint) -> None:
     tokens = training.steps * training.batch_size * training.sequence_length
     size = f"{sum(part.size for part in corpus.parts) / 1e6:.2f} MB"
@@ -425,6 +456,9 @@ def _greet(console, corpus: Corpus, recipe: Recipe, training: Training, model, o
     parameters = f"{model.num_parameters() / 1e6:.2f} M parameters"
     console.print(f"[bold]model[/]   {model.config.model_type}, {parameters}, recipe {recipe.name}")
     console.print(f"[bold]run[/]     {training.steps:,} steps, {tokens / 1e6:.1f} M tokens, into {output}")
+    if world_size() > 1:
+        sequences = sequences_at_once(training.batch_size, training.accumulate)
+        console.print(f"        {world_size()} processes, which compute {sequences} sequences each at once")
     if training.steps < recipe.training.steps:
         console.print(f"        fewer than the {recipe.training.steps:,} steps of the recipe, to end in time")
     if checkpoint is not None:
