@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from thrifty.train.blocks import PackedBlocks
 from thrifty.train.corpus import Corpus
+from thrifty.train.process import sequences_at_once
 from thrifty.train.recipe import Training
 from thrifty.train.stream import StreamedBlocks
 
@@ -32,7 +33,7 @@ def training_blocks(
         blocks = StreamedBlocks(
             *(stream.sources, stream.weights, stream.heldout, partial(encoded, tokenizer, begin)),
             *(length, count, training.seed),
-            batch=max(1, training.batch_size // world),
+            batch=sequences_at_once(training.batch_size, training.accumulate),
             rank=int(os.environ.get("RANK", "0")),
             world=world,
             begin=border,
