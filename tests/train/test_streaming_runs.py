@@ -15,6 +15,7 @@ from thrifty.train import trainer as module
 from thrifty.train.corpus import open_corpus
 from thrifty.train.recipe import find_recipe
 from thrifty.train.stream import StreamedBlocks
+from thrifty.train.tokenizer import train_tokenizer
 
 MICRO = find_recipe("tiny").override(
     vocab_size=280,
@@ -102,7 +103,7 @@ def test_a_file_that_changed_is_another_run(texts, whole, tmp_path):
 
 def test_documents_are_told_apart_where_the_recipe_says_so(texts):
     corpus = open_corpus(texts)
-    tokenizer = module.train_tokenizer(["".join(part.documents) for part in corpus.parts], 280)
+    tokenizer = train_tokenizer(["".join(part.documents) for part in corpus.parts], 280)
     for told in (True, False):
         training = MICRO.override(document_mask=told).training
         blocks, glance, _ = module.training_blocks(corpus, training, tokenizer, 0)
