@@ -13,9 +13,9 @@ from thrifty.train.blocks import PackedBlocks
 from thrifty.train.corpus import builtin_corpus
 from thrifty.train.initial import initialize
 from thrifty.train.optimizer import Schedule, build_optimizer
+from thrifty.train.packing import encode
 from thrifty.train.recipe import find_recipe
-from thrifty.train.tokenizer import train_tokenizer
-from thrifty.train.trainer import encode
+from thrifty.train.tokenizer import END, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Text:
 
     def heldout_blocks(self) -> torch.Tensor:
         """Held-out tokens [n, length]; what fills no block is left out."""
-        tokens = encode(self.tokenizer, [self.heldout])
+        tokens = encode(self.tokenizer, [self.heldout], self.tokenizer.token_to_id(END))
         rows = tokens[: len(tokens) // self.length * self.length].reshape(-1, self.length)
         return torch.from_numpy(rows.astype(np.int64))
 
@@ -39,7 +39,8 @@ def read(vocab: int, length: int, blocks: int, seed: int) -> Text:
     corpus = builtin_corpus()
     texts = (text for part in corpus.parts for _ in range(part.vocabulary_weight) for text in part.documents)
     tokenizer = train_tokenizer(texts, vocab)
-    streams = {part.name: encode(tokenizer, part.documents, most=blocks * length) for part in corpus.parts}
+    end, most = tokenizer.token_to_id(END), blocks * length
+    streams = {part.name: encode(tokenizer, part.documents, end, most) for part in corpus.parts}
     return Text(tokenizer, PackedBlocks(streams, corpus.mixture, length, blocks, seed), corpus.heldout, length)
 
 
