@@ -29,7 +29,7 @@ class Text:
 
     def heldout_blocks(self) -> torch.Tensor:
         """Held-out tokens [n, length]; what fills no block is left out."""
-        tokens = encode(self.tokenizer, [self.heldout], self.tokenizer.token_to_id(END))
+        tokens = encode(self.tokenizer, [self.heldout], self.tokenizer.token_to_id(END) or 0)
         rows = tokens[: len(tokens) // self.length * self.length].reshape(-1, self.length)
         return torch.from_numpy(rows.astype(np.int64))
 
@@ -39,7 +39,7 @@ def read(vocab: int, length: int, blocks: int, seed: int) -> Text:
     corpus = builtin_corpus()
     texts = (text for part in corpus.parts for _ in range(part.vocabulary_weight) for text in part.documents)
     tokenizer = train_tokenizer(texts, vocab)
-    end, most = tokenizer.token_to_id(END), blocks * length
+    end, most = tokenizer.token_to_id(END) or 0, blocks * length
     streams = {part.name: encode(tokenizer, part.documents, end, most) for part in corpus.parts}
     return Text(tokenizer, PackedBlocks(streams, corpus.mixture, length, blocks, seed), corpus.heldout, length)
 
