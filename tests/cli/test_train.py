@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from thrifty.cli import main
+from thrifty.train.recipe import find_recipe
 
 MICRO = [
     "--recipe=tiny",
@@ -128,3 +129,15 @@ def test_a_text_that_is_no_corpus_is_named(tmp_path, capsys, content, sentence):
     assert main(["train", str(file), "-o", str(tmp_path / "run"), *MICRO]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_size_of_the_seed_is_a_recipe_that_takes_a_path(tmp_path):
+    shape = find_recipe("enwik8").shape
+    assert shape is not None
+    assert (shape.hidden_size, shape.num_hidden_layers, shape.max_position_embeddings) == (512, 8, 1024)
+    file = tmp_path / "enwik8"
+    file.write_bytes("<title>A café</title>\n".encode() * 40 + "é".encode()[:1])
+    # One of the eight layers: the others are alike, and a step of all of them takes seconds.
+    short = ["--steps=1", "--batch-size=1", "--sequence-length=16", "--set=compile=false", "--set=num_hidden_layers=1"]
+    assert main(["train", str(file), "-o", str(tmp_path / "run"), "--recipe=enwik8", *short]) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["vocab_size"] == 260

@@ -192,3 +192,8 @@ def test_an_empty_source_is_named(rows, tmp_path, stream, content):
 def test_only_a_text_that_is_given_can_be_streamed():
     with pytest.raises(ThriftyError, match="a text must be given to be streamed or mixed"):
         open_corpus(stream=True)
+
+
+def test_a_character_cut_by_the_end_of_a_file_is_left_out(tmp_path):
+    (tmp_path / "cut.txt").write_bytes("naïve café".encode()[:-1])
+    assert text_corpus(tmp_path / "cut.txt", 0).text == "naïve caf"

@@ -8,6 +8,7 @@ import math
 import platform
 import sysconfig
 import tokenize
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,7 +145,8 @@ def text_corpus(path: Path, heldout: float) -> Corpus:
         rule = f"[corpus] the text must be a file or a folder; {path} does not exist"
         raise ThriftyError(f"{rule}; check the path, or give a data set of Hugging Face by --dataset")
     try:
-        return _corpus(str(path), [path.read_text(encoding="utf-8")], heldout)
+        # A character that the end of the file cuts, as those of enwik8 and of `head -c` do, is left out.
+        return _corpus(str(path), [getincrementaldecoder("utf-8")().decode(path.read_bytes())], heldout)
     except UnicodeDecodeError as problem:
         rule = f"[corpus] a text file must be UTF-8; {path} is not (byte {problem.start})"
         raise ThriftyError(f"{rule}; convert it, say with iconv") from problem
