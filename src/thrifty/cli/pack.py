@@ -16,7 +16,7 @@ thrifty pack runs/notes
 
 thrifty pack runs/notes notes-packed --dtype float32
 
-thrifty pack runs/talks-lora talks-packed --text letters.txt    (merges an adapter, and says what that loses)
+thrifty pack runs/talks-lora packed --text a.txt    (merges an adapter)
 """
 
 DTYPES = ("bfloat16", "float32")

@@ -21,13 +21,13 @@ thrifty train my-folder/ --steps 2000 --set hidden_size=512
 
 thrifty train --model doge --linear ternary    (dynamic mask attention)
 
-thrifty train notes.txt --recipe continue --from some-dense-model    (into a ternary one)
+thrifty train notes.txt --recipe continue --from dense    (made ternary)
 
-thrifty train notes.txt --recipe distill --from some-dense-model --teacher some-dense-model
+thrifty train notes.txt --recipe distill --from dense --teacher dense
 
 thrifty train --dataset roneneldan/TinyStories --max-minutes 60
 
-thrifty train talks.jsonl --recipe sft --from runs/notes    (or dpo, or lora: adapters beside packed layers)
+thrifty train talks.jsonl --recipe sft --from runs/notes    (or dpo, lora)
 
 Repeat a command that was interrupted, and it goes on from its newest checkpoint. What comes next:
 thrifty pack runs/notes runs/notes-packed
