@@ -51,6 +51,8 @@ def test_an_unknown_preset_names_the_known():
         ({"clip": math.inf}, "clip must be at least 0 and finite; got inf"),
         ({"model": "llama"}, "model must be one of bitnet, doge, cheems, matmulfree; got 'llama'"),
         ({"linear": "int4"}, "linear must be one of default, ternary, binary, dense; got 'int4'"),
+        ({"clip": "["}, r"clip must be a number; got \["),
+        ({"steps": "@"}, "steps must be a whole number; got @"),
         ({"sequence_length": 100_000}, "at most the 256 positions"),
     ],
 )
@@ -96,7 +98,12 @@ def test_a_file_of_ones_own(tmp_path):
         (GOOD + "training_: {}\n", "got method, about, training, training_"),
         (GOOD.replace("pretrain", "dream"), "method must be one of pretrain.*; got 'dream'"),
         (GOOD.replace("steps", "stepz"), r"got stepz; did you mean steps\?"),
-        (GOOD.replace("steps: 1, ", ""), "must say all of its training; .*'steps'"),
+        (GOOD.replace("steps: 1, ", ""), "training must say steps, which has no default"),
+        (GOOD.replace("pretrain", "[a]"), r"method must be one of pretrain.*; got \['a'\]"),
+        (
+            GOOD.replace("{steps: 1, batch_size: 1, sequence_length: 8}", "3"),
+            "training must be fields with values; got 3",
+        ),
         (GOOD.replace("steps: 1", "steps: many"), "steps must be a whole number; got many"),
         (GOOD.replace("steps: 1", "steps: true"), "steps must be a whole number; got True"),
     ],

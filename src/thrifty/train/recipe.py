@@ -7,7 +7,7 @@ make a new model) and `training` (fields of the method's settings). The settings
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -271,7 +271,7 @@ def _read(file: Path, content: Any) -> Recipe:
     if not isinstance(content, dict) or not sections >= content.keys() or not {"method", "training"} <= content.keys():
         got = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ThriftyError(f"[recipe] {file} must have the sections {', '.join(sorted(sections))}; got {got}")
-    if content["method"] not in METHODS:
+    if str(content["method"]) not in METHODS:
         raise ThriftyError(f"[recipe] method must be one of {', '.join(METHODS)}; got {content['method']!r} in {file}")
     module, _, name = METHODS[content["method"]].partition(":")
     kinds: dict[str, Any] = {"shape": Shape, "training": getattr(import_module(module), name)}
@@ -280,11 +280,13 @@ def _read(file: Path, content: Any) -> Recipe:
         if key not in content:
             continue
         values = content[key] or {}
+        if not isinstance(values, dict):
+            raise ThriftyError(f"[recipe] {key} must be fields with values; got {values!r} in {file}")
         check_names(values, [field.name for field in fields(kind)], f"{key} in {file}")
-        try:
-            parts[key] = kind(**typed(kind, values))
-        except TypeError as problem:
-            raise ThriftyError(f"[recipe] {file} must say all of its {key}; {problem}; see {FOLDER}") from problem
+        needed = [field.name for field in fields(kind) if field.default is MISSING and field.name not in values]
+        if needed:
+            raise ThriftyError(f"[recipe] {key} must say {', '.join(needed)}, which has no default; {file} does not")
+        parts[key] = kind(**typed(kind, values))
     return Recipe(file.stem, str(content.get("about", "")), content["method"], **parts)
 
 
@@ -308,7 +310,11 @@ def typed(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _typed(name: str, kind: type, value: Any) -> Any:
-    read = yaml.safe_load(value) if isinstance(value, str) and kind is not str else value
+    read = value
+    if isinstance(value, str) and kind is not str:
+        # What is no YAML is no number either.
+        with suppress(yaml.YAMLError):
+            read = yaml.safe_load(value)
     if kind is float and not isinstance(read, bool):
         # YAML takes 1e-3 for text, for want of a point.
         with suppress(TypeError, ValueError):
