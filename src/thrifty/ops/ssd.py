@@ -70,20 +70,21 @@ def _chunked(
     sums = decay.double().cumsum(2).permute(0, 1, 3, 4, 2)  # [batch, chunks, groups, heads, chunk]
     # Differences are at most 0 where they are used; elsewhere exp could overflow, and with it the gradient.
     unseen = torch.ones(chunk, chunk, dtype=torch.bool, device=u.device).triu(1)
-    weights = (sums[..., :, None] - sums[..., None, :]).float()
-    left, kept = (sums[..., -1:] - sums).float(), sums.float()
+    begun = None
     if documents is not None:
         # Number of documents that began in the chunk so far: the state that a chunk meets is that of none.
         begun = F.pad(opening(documents).long(), (0, short)).unflatten(1, (-1, chunk)).cumsum(2)[:, :, None, None]
         unseen = unseen | (begun[..., :, None] != begun[..., None, :])
-        left = left.masked_fill(begun != begun[..., -1:], -torch.inf)
-        kept = kept.masked_fill(begun > 0, -torch.inf)
-    weights = weights.masked_fill(unseen, -torch.inf).exp()
+    weights = (sums[..., :, None] - sums[..., None, :]).float().masked_fill(unseen, -torch.inf).exp()
     weights = weights * torch.einsum("bcign,bcjgn->bcgij", C, B)[:, :, :, None]
     y = torch.einsum("bcgrij,bcjgrp->bcigrp", weights, u)
     # What each chunk leaves in the state, and the state that each chunk meets.
-    kept = kept.exp()
-    added = torch.einsum("bcgrj,bcjgrp,bcjgn->bcgrpn", left.exp(), u, B)
+    left, kept = (sums[..., -1:] - sums).float(), sums.float()
+    if begun is not None:
+        left = left.masked_fill(begun != begun[..., -1:], -torch.inf)
+        kept = kept.masked_fill(begun > 0, -torch.inf)
+    left, kept = left.exp(), kept.exp()
+    added = torch.einsum("bcgrj,bcjgrp,bcjgn->bcgrpn", left, u, B)
     h = h.unflatten(1, (groups, -1))
     met = []
     for n in range(added.shape[1]):
