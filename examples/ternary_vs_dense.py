@@ -1,12 +1,12 @@
 """Trains ternary models and their dense twins on the same tokens, and says how far apart they end.
 
-    python benchmarks/ternary_vs_dense.py wikitext/ shakespeare.txt [--steps 1280] [--seeds 0 1 2] [--output FOLDER]
+    python examples/ternary_vs_dense.py wikitext/ shakespeare.txt [--steps 1280] [--seeds 0 1 2] [--output FOLDER]
 
-Corpora are the given files or folders and, first, the built-in text; the model is that of the recipe `bytes`. Each
-arm's learning rate is picked on the first given corpus, in runs of `--pick-steps`, from three or, where the best is the
-first or last of them, more; then every corpus is trained on with every seed. Which bytes are read in which order
-depends on corpus and seed, not on the arm. Runs are commands of `thrifty train`, `--jobs` at a time, each in a folder;
-a repeated command goes on where it stopped. The last line is the mean gap in bits per byte and its deviation.
+Corpora are the given files or folders and the built-in text; the model is that of the recipe `bytes`. Each arm's
+learning rate is picked on the first given corpus, in runs of `--pick-steps`, from three or, where the best is the first
+or last of them, more; then every corpus is trained on with every seed. Which bytes are read in which order depends on
+corpus and seed, not on the arm. Runs are commands of `thrifty train`, `--jobs` at a time, each in a folder; a repeated
+command goes on where it stopped. It takes hours. The last line is the mean gap in bits per byte and its deviation.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def run_all(runs: list[Run], output: Path, jobs: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpora", nargs="+")
+    parser.add_argument("corpora", nargs="*")
     parser.add_argument("--steps", type=int, default=1280)
     parser.add_argument("--pick-steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -77,11 +77,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/ternary_vs_dense"))
     args = parser.parse_args()
+    corpora = ["builtin", *args.corpora]
+    first = (args.corpora or corpora)[0]
     rates = {arm: list(args.learning_rates) for arm in ARMS}
     picked: dict[str, float] = {}
     # An arm whose best rate is the first or last tried gets one beyond it.
     while len(picked) < len(ARMS):
-        tried = [Run(arm, args.corpora[0], rate, 0, args.pick_steps) for arm in ARMS for rate in rates[arm]]
+        tried = [Run(arm, first, rate, 0, args.pick_steps) for arm in ARMS for rate in rates[arm]]
         run_all(tried, args.output, args.jobs)
         for arm in set(ARMS) - picked.keys():
             scores = {run.learning_rate: run.record(args.output)["bits_per_byte"] for run in tried if run.arm == arm}
@@ -91,7 +93,6 @@ def main() -> int:
                 print(arm, {rate: round(scores[rate], 4) for rate in sorted(scores)}, "picked", best, flush=True)
             else:
                 rates[arm].append(best / 2 if best == min(scores) else best * 2)
-    corpora = ["builtin", *args.corpora]
     runs = {
         (corpus, seed, arm): Run(arm, corpus, picked[arm], seed, args.steps)
         for seed, corpus, arm in product(args.seeds, corpora, ARMS)
