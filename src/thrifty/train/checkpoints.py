@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def _same_run(record: Path, settings: dict[str, Any]) -> None:
     if not isinstance(before, dict):
         raise ThriftyError(f"[train] {record} must say what its checkpoints are, and does not; {way_out}")
     # JSON has no tuples: compare what a reader of the file would see.
-    old, new = _flat(before), _flat(json.loads(json.dumps(settings)))
+    old, new = flat(before), flat(json.loads(json.dumps(settings)))
     changed = [
         f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         for key in new | old
@@ -127,8 +128,9 @@ def _same_run(record: Path, settings: dict[str, Any]) -> None:
         raise ThriftyError(f"[train] {record.parent} holds a run with other settings: {changed[0]}; {way_out}")
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested settings, by names with points: `{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    found: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from thrifty import models
+from thrifty.checkpoint.config import read_json
 from thrifty.train.recipe import Shape, Training
 from thrifty.train.tokenizer import END
 
@@ -19,6 +21,14 @@ FAMILIES: dict[str, tuple[Any, type[models.ThriftyForCausalLM]]] = {
     "cheems": (models.CheemsConfig, models.CheemsForCausalLM),
     "matmulfree": (models.MatMulFreeConfig, models.MatMulFreeForCausalLM),
 }
+
+
+def read_model(folder: Path, **options: Any) -> models.ThriftyForCausalLM:
+    """The model of a folder, in the class of its family; options are those of `from_pretrained`."""
+    kind = read_json(folder / "config.json").get("model_type")
+    _, family = FAMILIES.get(str(kind), (None, models.ThriftyForCausalLM))
+    return family.from_pretrained(folder, **options)
+
 
 #: Projections that write into the residual stream.
 OUTPUTS = ("o_proj.weight", "down_proj.weight")

@@ -13,12 +13,12 @@ from thrifty.checkpoint import atomic_folder
 from thrifty.checkpoint.config import read_json
 from thrifty.checkpoint.hub import resolve
 from thrifty.errors import ThriftyError
-from thrifty.models import ThriftyForCausalLM, save_packed
+from thrifty.models import save_packed
 from thrifty.nn import BitLinear, pack
 from thrifty.nn.lora import MergedLayer, load_adapter, merge_adapter, requantize
 from thrifty.train.checkpoints import read_record
 from thrifty.train.evaluate import bits_per_byte
-from thrifty.train.initial import FAMILIES
+from thrifty.train.initial import read_model
 from thrifty.train.start import copy_texts
 
 #: Names of peft's files, and of the report of a merge.
@@ -51,9 +51,7 @@ def load_adapted(folder: Path) -> Any:
     if not (base / "config.json").is_file():
         rule = f"[adapter] the model of the adapter must be there; {folder / ADAPTER} says {name}"
         raise ThriftyError(f"{rule}, which is no model; correct its base_model_name_or_path")
-    kind = read_json(base / "config.json").get("model_type")
-    family = FAMILIES[kind][1] if kind in FAMILIES else ThriftyForCausalLM
-    model = family.from_pretrained(base, dtype=torch.float32)
+    model = read_model(base, dtype=torch.float32)
     packed = pack(model) if any(isinstance(module, BitLinear) for module in model.modules()) else model
     adapted = load_adapter(packed, folder).eval()
     settings = read_record(folder).get("settings", {})

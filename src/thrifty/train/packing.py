@@ -1,7 +1,6 @@
 """The blocks that a run trains on and glances at, from a corpus and a tokenizer."""
 
 import math
-import os
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,7 +9,7 @@ from tokenizers import Tokenizer
 
 from thrifty.train.blocks import PackedBlocks
 from thrifty.train.corpus import Corpus
-from thrifty.train.process import sequences_at_once
+from thrifty.train.process import rank, sequences_at_once, world_size
 from thrifty.train.recipe import Training
 from thrifty.train.stream import StreamedBlocks
 
@@ -29,13 +28,13 @@ def training_blocks(
     if corpus.stream is None:
         blocks = _packed(corpus, training, tokenizer, begin, border)
     else:
-        stream, world = corpus.stream, int(os.environ.get("WORLD_SIZE", "1"))
+        stream = corpus.stream
         blocks = StreamedBlocks(
             *(stream.sources, stream.weights, stream.heldout, partial(encoded, tokenizer, begin)),
             *(length, count, training.seed),
             batch=sequences_at_once(training.batch_size, training.accumulate),
-            rank=int(os.environ.get("RANK", "0")),
-            world=world,
+            rank=rank(),
+            world=world_size(),
             begin=border,
         )
     heldout = encode(tokenizer, [corpus.heldout], begin)

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from thrifty.checkpoint import UnwritableError, atomic_file
 from thrifty.errors import ThriftyError
 from thrifty.train.charts import Series, heat_map, lines, number
-from thrifty.train.checkpoints import newest_checkpoint, read_record
+from thrifty.train.checkpoints import flat, newest_checkpoint, read_record
 
 REPORT = "report.html"
 #: What a log entry holds.
@@ -95,7 +95,7 @@ def page(name: str, record: Mapping[str, Any], history: Sequence[Entry]) -> str:
     """The HTML of a run called `name`, of what `training.json` says of it and of its log history."""
     settings = record.get("settings", {})
     models = {key: settings[key] for key in ("start", "teacher") if settings.get(key)}
-    data = models | _flat(settings.get("corpus", settings.get("data", {})))
+    data = models | flat(settings.get("corpus", settings.get("data", {})))
     body = [
         f"<h1>{escape(name)}</h1>",
         f'<p class="soft">{escape(_recipe_line(settings))}</p>',
@@ -103,8 +103,8 @@ def page(name: str, record: Mapping[str, Any], history: Sequence[Entry]) -> str:
         "<main>",
         *_charts(history),
         _section("Samples over time", _samples(history), wide=True),
-        _section("Settings", _table(_flat(settings.get("recipe", {})))),
-        _section("Data and versions", _table(data | _flat(record.get("versions", {})))),
+        _section("Settings", _table(flat(settings.get("recipe", {})))),
+        _section("Data and versions", _table(data | flat(record.get("versions", {})))),
         "</main>",
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(name)}</title>'
@@ -227,10 +227,3 @@ def _table(rows: Mapping[str, Any]) -> str:
         for name, v in rows.items()
     )
     return f'<div class="scroll"><table>{"".join(cells)}</table></div>'
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -18,7 +18,7 @@ from thrifty.checkpoint.hub import resolve
 from thrifty.errors import ThriftyError
 from thrifty.models import ThriftyForCausalLM
 from thrifty.nn import RMSNorm
-from thrifty.train.initial import FAMILIES
+from thrifty.train.initial import read_model
 from thrifty.train.recipe import Training
 from thrifty.train.tokenizer import check_pieces, open_tokenizer, read_tokenizer
 
@@ -124,9 +124,7 @@ def copy_texts(source: Path, output: Path) -> None:
 
 def load_start(folder: Folder, begin_token: int | None) -> ThriftyForCausalLM:
     """The model of a folder as it is, float32, its low-bit linears trainable."""
-    kind = read_json(folder.path / "config.json").get("model_type")
-    _, family = FAMILIES.get(str(kind), (None, ThriftyForCausalLM))
-    model = family.from_pretrained(folder.path, unpack=True, dtype=torch.float32)
+    model = read_model(folder.path, unpack=True, dtype=torch.float32)
     model.config.bos_token_id = begin_token
     return model
 

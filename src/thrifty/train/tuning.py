@@ -25,14 +25,14 @@ from trl.trainer.sft_trainer import SFTTrainer
 from thrifty.checkpoint.config import read_json
 from thrifty.checkpoint.hub import resolve
 from thrifty.errors import ThriftyError
-from thrifty.models import ThriftyForCausalLM, round_dense_parameters
+from thrifty.models import round_dense_parameters
 from thrifty.nn import BitLinear, is_packed, pack
 from thrifty.train import trainer as runs
 from thrifty.train.checkpoints import CHECKPOINTS, checkpoint_to_resume, clear_run, write_record
 from thrifty.train.conversations import PackedRows, give_template, read_rows, record_of, split_rows, supervised
 from thrifty.train.curve import plot
 from thrifty.train.event_files import event_files
-from thrifty.train.initial import FAMILIES
+from thrifty.train.initial import read_model
 from thrifty.train.progress import ProgressBar
 from thrifty.train.recipe import Recipe, Tuning
 from thrifty.train.report import Report
@@ -80,7 +80,7 @@ def tune(
 
     Raises ThriftyError, before the folder is touched, where data lacks the columns of the method or rows, where
     conversations have no chat template, the tokenizer has more pieces than the model, sequences are longer than the
-    positions, packed documents would see each other, and where the folder holds another run.
+    positions, and where the folder holds another run.
     """
     console = console or Console(stderr=True)
     tuning: Tuning = recipe.training
@@ -211,9 +211,7 @@ def _tokenizer(folder: Path, tuning: Tuning) -> PreTrainedTokenizerBase:
 
 
 def _model(folder: Path, name: str, tuning: Tuning) -> Any:
-    kind = read_json(folder / "config.json").get("model_type")
-    family = FAMILIES[kind][1] if kind in FAMILIES else ThriftyForCausalLM
-    model = family.from_pretrained(folder, unpack=not tuning.lora_rank, dtype=torch.float32)
+    model = read_model(folder, unpack=not tuning.lora_rank, dtype=torch.float32)
     model.name_or_path = name
     if not tuning.lora_rank:
         return model
