@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import CORPUS, MICRO
 from tokenizers import Tokenizer
 
 from thrifty import ops
@@ -15,25 +16,11 @@ from thrifty.models import BitNetForCausalLM
 from thrifty.nn import BitLinear
 from thrifty.train import diagnostics
 from thrifty.train import trainer as module
-from thrifty.train.corpus import Corpus, Part
-from thrifty.train.recipe import find_recipe
 
-TEXT = "".join(f"The {n}th line of a text that counts its lines.\n" for n in range(400))
-CORPUS = Corpus("lines", (Part("text", (TEXT,)),), "The last line of a text.\n" * 20)
-MICRO = find_recipe("tiny").override(
-    vocab_size=280,
-    hidden_size=16,
-    intermediate_size=32,
-    max_position_embeddings=32,
-    steps=6,
-    batch_size=2,
-    sequence_length=24,
-    eval_every=4,
-    save_every=2,
-)
+RECIPE = MICRO.override(sequence_length=24, save_every=2)
 
 
-def train(output, recipe=MICRO):
+def train(output, recipe=RECIPE):
     return module.train(CORPUS, recipe, output, console=Console(quiet=True))
 
 
@@ -172,6 +159,6 @@ def test_looks_are_few_and_fall_on_checkpoints(steps, save_every, interval):
     ("fields", "kinds"), [({"model": "doge", "keep_window_size": 8}, set()), ({"linear": "binary"}, {"flipped"})]
 )
 def test_dense_models_have_no_codes_and_binary_ones_no_zeros(tmp_path, fields, kinds):
-    history = train(tmp_path, MICRO.override(**fields, steps=2)).history
+    history = train(tmp_path, RECIPE.override(**fields, steps=2)).history
     assert {key.partition("/")[0] for found in looks(history).values() for key in found} == kinds
     assert any("greedy/0" in entry for entry in history)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from tiny_runs import Interrupt, with_callback
 
 from thrifty.errors import ThriftyError
 from thrifty.train import stream
@@ -58,26 +58,13 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-class Interrupt(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-
 def test_an_interrupted_run_on_a_stream_ends_with_the_same_weights(texts, whole, tmp_path, monkeypatch):
     folder, result = whole
     assert {"data-0.pt", "seal.json"} <= {f.name for f in (folder / "checkpoints/checkpoint-6").iterdir()}
     assert result.record["settings"]["corpus"]["stream"]["few"]["weight"] == 1
     assert result.record["bits_per_byte"] > 0
-    original = module.CausalTrainer.__init__
-
-    def interrupted(self, *, callbacks, **kwargs):
-        original(self, callbacks=[*callbacks, Interrupt()], **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module.CausalTrainer, "__init__", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(texts, tmp_path / "cut")
+    with with_callback(Interrupt()), pytest.raises(KeyboardInterrupt):
+        train(texts, tmp_path / "cut")
     asked = []
     get = StreamedBlocks.__getitem__
     monkeypatch.setattr(StreamedBlocks, "__getitem__", lambda self, i: (asked.append(i), get(self, i))[1])

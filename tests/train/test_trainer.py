@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.summary.writer.record_writer import RecordWriter
+from tiny_runs import CORPUS, MICRO, TEXT, Interrupt, with_callback
 from transformers import TrainerCallback
 
 from thrifty.errors import ThriftyError, ThriftyWarning
@@ -14,24 +15,9 @@ from thrifty.models.decoder import DecoderLayer
 from thrifty.runtime import load
 from thrifty.train import trainer as module
 from thrifty.train.checkpoints import seal
-from thrifty.train.corpus import Corpus, Part
+from thrifty.train.corpus import Corpus
 from thrifty.train.evaluate import bits_per_byte
-from thrifty.train.recipe import find_recipe
 from thrifty.train.tokenizer import train_tokenizer
-
-TEXT = "".join(f"The {n}th line of a text that counts its lines.\n" for n in range(400))
-CORPUS = Corpus("lines", (Part("text", (TEXT,)),), "The last line of a text.\n" * 20)
-MICRO = find_recipe("tiny").override(
-    vocab_size=280,
-    hidden_size=16,
-    intermediate_size=32,
-    max_position_embeddings=32,
-    steps=6,
-    batch_size=2,
-    sequence_length=16,
-    eval_every=4,
-    save_every=4,
-)
 
 
 def train(output, **options):
@@ -252,22 +238,9 @@ class Break(TrainerCallback):
             model.model.norm.weight.data[3] = torch.nan
 
 
-@pytest.fixture
-def with_callback(monkeypatch):
-    original = module.CausalTrainer.__init__
-
-    def add(callback):
-        def init(self, *, callbacks, **kwargs):
-            original(self, callbacks=[*callbacks, callback], **kwargs)
-
-        monkeypatch.setattr(module.CausalTrainer, "__init__", init)
-
-    return add
-
-
-def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path, with_callback):
-    with_callback(Break(2))
-    with pytest.raises(ThriftyError, match=r"got nan in step 3, whose batch is in .*diverged.json; train anew"):
+def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path):
+    sentence = r"got nan in step 3, whose batch is in .*diverged.json; train anew"
+    with with_callback(Break(2)), pytest.raises(ThriftyError, match=sentence):
         train(tmp_path)
     kept = json.loads((tmp_path / "diverged.json").read_text())
     assert kept["step"] == 3
@@ -276,28 +249,16 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path, with_callback)
     assert len(kept["learning_rates"]) == 2
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path, with_callback):
-    with_callback(Break(4))
-    with pytest.raises(ThriftyError, match=r"model.norm.weight is not after step 4; train anew"):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    sentence = r"model.norm.weight is not after step 4; train anew"
+    with with_callback(Break(4)), pytest.raises(ThriftyError, match=sentence):
         train(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch):
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 5:
-                raise KeyboardInterrupt
-
-    original = module.CausalTrainer.__init__
-
-    def interrupted(self, *, callbacks, **kwargs):
-        original(self, callbacks=[*callbacks, Interrupt()], **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module.CausalTrainer, "__init__", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path)
+def test_an_interrupted_run_goes_on(run, tmp_path):
+    with with_callback(Interrupt()), pytest.raises(KeyboardInterrupt):
+        train(tmp_path)
     train(tmp_path)
     assert same(weights(tmp_path), weights(run[0]))
 
